@@ -1,0 +1,373 @@
+"""The backbone: a vision transformer as DINOv2 trains it (arXiv 2304.07193; registers: 2309.16588).
+
+Shape suffixes: B images, T tokens (1 + R + N), R registers, N patches, D width, H W pixels, h w patches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from unlabeled.errors import UserError
+
+# name: (width, depth, num_heads, ffn)
+SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"]]] = {
+    "vit_tiny": (192, 12, 3, "mlp"),
+    "vit_small": (384, 12, 6, "mlp"),
+    "vit_base": (768, 12, 12, "mlp"),
+    "vit_large": (1024, 24, 16, "mlp"),
+    "vit_giant2": (1536, 40, 24, "swiglu"),
+}
+LAYER_NORM_EPS = 1e-6
+# Above this rate drop path runs the residual branch on a part of the batch only.
+SUBSET_DROP_PATH = 0.1
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Everything that fixes a backbone's shape and its features, but not its weights."""
+
+    width: int
+    depth: int
+    num_heads: int
+    patch_size: int = 14  # pixels
+    num_registers: int = 0
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    mlp_ratio: int = 4  # hidden width of the MLP over width; SwiGLU takes two thirds of it
+    image_size: int = 518  # pixels; the position embedding is learned at (image_size // patch_size)^2 patches
+    # How the position embedding is resized: "size" and "antialias" resize to the wanted grid without and with
+    # antialiasing; "scale" passes the factor (side + 0.1) / learned side, as Meta's models without registers.
+    # "": as transformers does for the kind, "antialias" with registers and "size" without.
+    interpolation: Literal["", "size", "antialias", "scale"] = ""
+    fit: Literal["crop", "pad"] = "crop"  # sides that are no multiple of the patch: centre crop or zero pad
+    layer_scale: float = 1e-5  # initial value
+    in_channels: int = 3
+    qkv_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.interpolation:
+            object.__setattr__(self, "interpolation", "antialias" if self.num_registers else "size")
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of the grid the position embedding is learned on."""
+        return self.image_size // self.patch_size
+
+    @property
+    def hidden_width(self) -> int:
+        """Width inside the FFN; SwiGLU: 8 * ceil(int(2/3 * mlp_ratio * width) / 8)."""
+        hidden = self.mlp_ratio * self.width
+        return hidden if self.ffn == "mlp" else 8 * math.ceil(int(hidden * 2 / 3) / 8)
+
+
+def vit_config(size: str, **overrides: Any) -> VitConfig:
+    """Return the configuration of a named size.
+
+    size: a key of SIZES. overrides: fields of VitConfig by name.
+    Raises UserError for an unknown size.
+    """
+    if size not in SIZES:
+        raise UserError(f"Unknown backbone size {size!r}; choose one of {', '.join(SIZES)}.")
+    width, depth, num_heads, ffn = SIZES[size]
+    # The default interpolation follows num_registers, so it is decided anew.
+    return replace(VitConfig(width, depth, num_heads, ffn=ffn), **{"interpolation": "", **overrides})
+
+
+class Tokens(NamedTuple):
+    """What the backbone returns for a batch of images."""
+
+    cls: Tensor  # (B, D)
+    registers: Tensor  # (B, R, D)
+    patches: Tensor  # (B, N, D), row by row
+    grid: tuple[int, int]  # (h, w), N = h * w
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each: (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, config.patch_size)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the patch embeddings, row by row."""
+        B, C, H, W = images_BCHW.shape
+        p = self.proj.kernel_size[0]
+        patches = images_BCHW.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+        # A convolution whose stride is its kernel is a matrix product, and that is the faster way on a CPU.
+        return functional.linear(
+            patches.reshape(B, -1, C * p * p), self.proj.weight.flatten(1), self.proj.bias
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D) before LayerScale."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def heads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, heads, T, D / heads)."""
+        B, T, _ = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return query, key, value
+
+    def forward(self, x_BTD: Tensor, gamma_D: Tensor) -> Tensor:
+        """Return the mixed tokens, scaled by gamma."""
+        mixed = functional.scaled_dot_product_attention(*self.heads(x_BTD))
+        return scaled_linear(self.proj, gamma_D, mixed.transpose(1, 2).flatten(2))
+
+    def weights(self, x_BTD: Tensor) -> Tensor:
+        """Return the softmax weights (B, heads, T, T), rows sum to 1."""
+        query, key, _ = self.heads(x_BTD)
+        logits: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.hidden_width)
+        self.fc2 = nn.Linear(config.hidden_width, config.width)
+
+    def forward(self, x_BTD: Tensor, gamma_D: Tensor) -> Tensor:
+        """Return the transformed tokens, scaled by gamma."""
+        return scaled_linear(self.fc2, gamma_D, functional.gelu(self.fc1(x_BTD)))
+
+
+class SwiGlu(nn.Module):
+    """Gated FFN: w3(silu(a) * b), where w12(x) = [a, b] (arXiv 2002.05202)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(config.width, 2 * config.hidden_width)
+        self.w3 = nn.Linear(config.hidden_width, config.width)
+
+    def forward(self, x_BTD: Tensor, gamma_D: Tensor) -> Tensor:
+        """Return the transformed tokens, scaled by gamma."""
+        gate, value = self.w12(x_BTD).chunk(2, dim=-1)
+        return scaled_linear(self.w3, gamma_D, functional.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """One learned factor a channel, (D,), on a residual branch; applied by scaled_linear."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((config.width,), config.layer_scale))
+
+
+def scaled_linear(linear: nn.Linear, gamma_D: Tensor, x: Tensor) -> Tensor:
+    """Return gamma * linear(x), computed as one product with the weights scaled.
+
+    gamma (W x + b) = (gamma W) x + gamma b: the same numbers without a pass over the activations, and
+    without keeping them for the gradient of gamma.
+    """
+    return functional.linear(x, gamma_D[:, None] * linear.weight, gamma_D * linear.bias)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with LayerScale and drop path on both residual branches."""
+
+    def __init__(self, config: VitConfig, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(config) if config.ffn == "mlp" else SwiGlu(config)
+        self.ls2 = LayerScale(config)
+
+    def attention_branch(self, x_BTD: Tensor) -> Tensor:
+        """Return what attention adds to the tokens."""
+        return cast(Tensor, self.attn(self.norm1(x_BTD), self.ls1.gamma))
+
+    def mlp_branch(self, x_BTD: Tensor) -> Tensor:
+        """Return what the FFN adds to the tokens."""
+        return cast(Tensor, self.mlp(self.norm2(x_BTD), self.ls2.gamma))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the tokens after both branches."""
+        for branch in (self.attention_branch, self.mlp_branch):
+            if self.drop_path == 0 or not self.training:
+                x_BTD = x_BTD + branch(x_BTD)
+            elif self.drop_path > SUBSET_DROP_PATH:
+                x_BTD = add_to_subset(x_BTD, branch, self.drop_path)
+            else:
+                x_BTD = x_BTD + per_sample_drop(branch(x_BTD), self.drop_path)
+        return x_BTD
+
+
+def per_sample_drop(branch_BTD: Tensor, rate: float) -> Tensor:
+    """Zero each sample's branch with probability `rate` and scale the rest by 1 / (1 - rate)."""
+    kept = torch.rand(branch_BTD.shape[0], 1, 1, device=branch_BTD.device) >= rate
+    return branch_BTD * (kept / (1 - rate)).to(branch_BTD.dtype)
+
+
+def add_to_subset(x_BTD: Tensor, branch: Any, rate: float) -> Tensor:
+    """Add the branch, run on a random subset of the samples only, scaled by batch / kept.
+
+    max(1, int(B * (1 - rate))) samples are kept, so that the expectation is x + branch(x).
+    """
+    B = x_BTD.shape[0]
+    num_kept = max(1, int(B * (1 - rate)))
+    kept = torch.randperm(B, device=x_BTD.device)[:num_kept]
+    added = branch(x_BTD.index_select(0, kept))
+    return torch.index_add(x_BTD, 0, kept, added.to(x_BTD.dtype), alpha=B / num_kept)
+
+
+class VisionTransformer(nn.Module):
+    """The DINOv2 backbone; its state-dict keys are those of Meta's released .pth files.
+
+    drop_path: one rate for every block, active in training mode only.
+    checkpoint_blocks: recompute each block's activations in the backward pass, for memory.
+    """
+
+    def __init__(self, config: VitConfig, drop_path: float = 0.0, checkpoint_blocks: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = checkpoint_blocks
+        D = config.width
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid_side**2, D))
+        if config.num_registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, config.num_registers, D))
+        self.mask_token = nn.Parameter(torch.empty(1, D))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config, drop_path) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights (the patch embedding keeps torch's convolution default, as Meta's does)."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.config.num_registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, self.config.layer_scale)
+
+    def forward(self, images_B3HW: Tensor, masks_BN: Tensor | None = None) -> Tokens:
+        """Return the tokens after the last norm.
+
+        images: float, normalised with the ImageNet mean and std; any sides, see VitConfig.fit.
+        masks: bool, row by row; True patches are replaced by the mask token.
+        Raises UserError for a side that is shorter than a patch.
+        """
+        x_BTD, grid = self.embed(images_B3HW, masks_BN)
+        for block in self.blocks:
+            x_BTD = self._run(block, x_BTD)
+        return self._tokens(self.norm(x_BTD), grid)
+
+    def intermediate_layers(
+        self, images_B3HW: Tensor, layers: int | Sequence[int], norm: bool = True
+    ) -> list[Tokens]:
+        """Return the tokens after some blocks.
+
+        layers: the last n blocks, or block indices in the order wanted (0 is the first, -1 the last).
+        norm: apply the last norm to each.
+        """
+        depth = len(self.blocks)
+        wanted = range(depth - layers, depth) if isinstance(layers, int) else [i % depth for i in layers]
+        x_BTD, grid = self.embed(images_B3HW)
+        outputs: dict[int, Tensor] = {}
+        for index in range(max(wanted) + 1):
+            x_BTD = self._run(self.blocks[index], x_BTD)
+            if index in wanted:
+                outputs[index] = x_BTD
+        return [self._tokens(self.norm(outputs[i]) if norm else outputs[i], grid) for i in wanted]
+
+    def attention(self, images_B3HW: Tensor, layer: int = -1) -> Tensor:
+        """Return one block's attention weights, (B, heads, T, T) with T = 1 + registers + patches.
+
+        Each row is a query and sums to 1. layer: the block's index, -1 is the last.
+        """
+        last = layer % len(self.blocks)
+        x_BTD, _ = self.embed(images_B3HW)
+        for index in range(last):
+            x_BTD = self._run(self.blocks[index], x_BTD)
+        block = cast(Block, self.blocks[last])
+        return block.attn.weights(block.norm1(x_BTD))
+
+    def embed(self, images_B3HW: Tensor, masks_BN: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Return the tokens that enter the first block, (B, T, D), and the patch grid (h, w)."""
+        images = fit_to_patches(images_B3HW, self.config.patch_size, self.config.fit)
+        B, _, H, W = images.shape
+        grid = (H // self.config.patch_size, W // self.config.patch_size)
+        patches = self.patch_embed(images)
+        if masks_BN is not None:
+            patches = torch.where(masks_BN[..., None], self.mask_token, patches)
+        pos_1TD = self.position_embedding(grid)
+        tokens = [(self.cls_token + pos_1TD[:, :1]).expand(B, -1, -1), patches + pos_1TD[:, 1:]]
+        if self.config.num_registers:
+            tokens.insert(1, self.register_tokens.expand(B, -1, -1))
+        return torch.cat(tokens, dim=1), grid
+
+    def position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """Return the position embedding of CLS and a grid of patches, (1, 1 + h * w, D).
+
+        Bicubic, in float32; config.interpolation says which of the ways in use.
+        """
+        side = self.config.grid_side
+        if grid == (side, side):
+            return self.pos_embed
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        square = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        if square.device.type == "mps":  # bicubic resizing and its gradient are not complete there
+            square = square.cpu()
+        if self.config.interpolation == "scale":
+            factor = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+            resized = functional.interpolate(square, scale_factor=factor, mode="bicubic")
+        else:
+            antialias = self.config.interpolation == "antialias"
+            resized = functional.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
+        resized = resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(patches)
+        return torch.cat((cls, resized), dim=1)
+
+    def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x_BTD, use_reentrant=False))
+        return cast(Tensor, block(x_BTD))
+
+    def _tokens(self, x_BTD: Tensor, grid: tuple[int, int]) -> Tokens:
+        first_patch = 1 + self.config.num_registers
+        return Tokens(x_BTD[:, 0], x_BTD[:, 1:first_patch], x_BTD[:, first_patch:], grid)
+
+
+def fit_to_patches(images_BCHW: Tensor, patch_size: int, fit: Literal["crop", "pad"]) -> Tensor:
+    """Bring both sides to a multiple of the patch by a centre crop or a centre zero pad."""
+    H, W = images_BCHW.shape[-2:]
+    extra_H, extra_W = H % patch_size, W % patch_size
+    if not extra_H and not extra_W:
+        return images_BCHW
+    if fit == "pad":
+        add_H, add_W = -H % patch_size, -W % patch_size
+        sides = (add_W // 2, add_W - add_W // 2, add_H // 2, add_H - add_H // 2)
+        return functional.pad(images_BCHW, sides)
+    if min(H, W) < patch_size:
+        raise UserError(
+            f"An image of {W} x {H} pixels is smaller than one patch of {patch_size}; enlarge it."
+        )
+    top, left = extra_H // 2, extra_W // 2
+    return images_BCHW[..., top : top + H - extra_H, left : left + W - extra_W]
