@@ -1,1 +1,36 @@
-"""DINOv2, complete."""
+"""DINOv2, complete: learn image features without labels and put them to work.
+
+The names below are loaded on first use, so that `import unlabeled` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlabeled import evaluate as evaluate
+    from unlabeled.errors import UserError as UserError
+    from unlabeled.pretrain.loop import Run as Run
+    from unlabeled.pretrain.loop import pretrain as pretrain
+    from unlabeled.vit import Tokens as Tokens
+    from unlabeled.vit import VisionTransformer as VisionTransformer
+    from unlabeled.weights.load import load_model as load_model
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "UserError": "unlabeled.errors",
+    "Run": "unlabeled.pretrain.loop",
+    "Tokens": "unlabeled.vit",
+    "VisionTransformer": "unlabeled.vit",
+    "load_model": "unlabeled.weights.load",
+}
+_PACKAGES = ("evaluate", "pretrain")
+__all__ = ["__version__", "evaluate", "pretrain", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"unlabeled.{name}")
+    raise AttributeError(f"module 'unlabeled' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m unlabeled`, as torchrun starts it."""
+
+from unlabeled.cli import main
+
+main()

@@ -1,0 +1,295 @@
+"""DINOv2's method: one training step, top to bottom, in the paper's words.
+
+Shape suffixes: B images, V views, N patch tokens, D width, C bottleneck, K prototypes, M masked patches, H W pixels.
+Crops are view-major: row v * B + b is view v of image b.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from unlabeled.images.transform import normalize
+from unlabeled.pretrain.head import ProjectionHead
+from unlabeled.pretrain.losses import dino_loss_global, dino_loss_local, ibot_loss, koleo_loss
+from unlabeled.pretrain.optimizer import clip_gradients, update_teacher
+from unlabeled.pretrain.parallel import Parallel
+from unlabeled.pretrain.recipe import Recipe
+from unlabeled.pretrain.schedules import StepValues
+from unlabeled.pretrain.targets import Center, sinkhorn_knopp, softmax_center
+from unlabeled.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The crops of one step on one rank.
+
+    Attributes:
+        globals_VB3HW: uint8 (2B, 3, S, S), view-major.
+        locals_VB3HW: uint8 (LB, 3, s, s), view-major; L may be 0.
+        masks_VBN: bool (2B, N), the patches of the global crops that the student does not see, or None.
+        num_images: B.
+    """
+
+    globals_VB3HW: Tensor
+    locals_VB3HW: Tensor
+    masks_VBN: Tensor | None
+    num_images: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        masks = None if self.masks_VBN is None else self.masks_VBN.to(device, non_blocking=True)
+        return Batch(
+            self.globals_VB3HW.to(device, non_blocking=True),
+            self.locals_VB3HW.to(device, non_blocking=True),
+            masks,
+            self.num_images,
+        )
+
+
+class Targets(NamedTuple):
+    """What the teacher says: the student's targets, and the features they came from."""
+
+    dino_VBK: Tensor  # probabilities, one row a global crop
+    ibot_MK: Tensor | None  # probabilities, one row a masked patch, in the order of the masks
+    cls_VBD: Tensor  # CLS tokens of the teacher's backbone, for the health figures
+
+
+class Outputs(NamedTuple):
+    """What the student says of one set of crops."""
+
+    cls: Tensor  # (VB, D) backbone CLS tokens
+    dino: Tensor  # (VB, C) bottleneck of the DINO head
+    prototypes: Tensor  # (K, C)
+    ibot: Tensor | None = None  # (M, C) bottleneck of the iBOT head, masked patches
+    ibot_prototypes: Tensor | None = None  # (K, C)
+
+
+class Network(nn.Module):
+    """Backbone and heads; the student and the teacher are one each."""
+
+    def __init__(self, recipe: Recipe, drop_path: float) -> None:
+        super().__init__()
+        head, config = recipe.head, recipe.vit_config()
+        checkpoint = recipe.run.checkpoint_blocks
+        self.backbone = VisionTransformer(config, drop_path=drop_path, checkpoint_blocks=checkpoint)
+        self.dino_head = ProjectionHead(config.width, head.num_prototypes, head.bottleneck, head.hidden)
+        self.ibot_head: ProjectionHead | None = None
+        if recipe.loss.ibot > 0 and not head.shared:
+            self.ibot_head = ProjectionHead(
+                config.width, head.ibot_num_prototypes, head.ibot_bottleneck, head.hidden
+            )
+        if recipe.loss.ibot == 0:
+            self.backbone.mask_token.requires_grad_(False)  # nothing is masked, so it would get no gradient
+
+    def forward(self, images: Tensor, masks: Tensor | None = None, patches: Tensor | None = None) -> Outputs:
+        """Backbone and heads on one set of crops.
+
+        Args:
+            images: (VB, 3, H, W) uint8.
+            masks: (VB, N) bool, patches replaced by the mask token, or None.
+            patches: (M,) int64, flat indices of the patch tokens the iBOT head is wanted for, or None.
+        """
+        tokens = self.backbone(normalize(images), masks)
+        dino, prototypes = self.dino_head.bottleneck(tokens.cls), self.dino_head.prototypes()
+        if patches is None:
+            return Outputs(tokens.cls, dino, prototypes)
+        chosen = tokens.patches.flatten(0, 1).index_select(0, patches)
+        if self.ibot_head is None:
+            return Outputs(tokens.cls, dino, prototypes, self.dino_head.bottleneck(chosen), prototypes)
+        return Outputs(
+            tokens.cls, dino, prototypes, self.ibot_head.bottleneck(chosen), self.ibot_head.prototypes()
+        )
+
+
+class SelfDistillation(nn.Module):
+    """Student, teacher and centres, and the step that trains them (DINOv2 section 4).
+
+    Args:
+        recipe: every number of the method.
+        parallel: how ranks share the work.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+
+    def __init__(self, recipe: Recipe, parallel: Parallel | None = None) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.parallel = parallel or Parallel()
+        self.student = Network(recipe, drop_path=recipe.model.drop_path)
+        self.teacher = Network(recipe, drop_path=0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False).eval()
+        self.dino_center = Center(recipe.head.num_prototypes, recipe.loss.center_momentum)
+        ibot_prototypes = recipe.head.num_prototypes if recipe.head.shared else recipe.head.ibot_num_prototypes
+        self.ibot_center = Center(ibot_prototypes, recipe.loss.center_momentum)
+        self.to(self.parallel.device)
+        self.student, self.teacher = self.parallel.wrap(self.student, self.teacher, recipe.run.sharding)
+        if recipe.run.compile:
+            self.student.compile()
+            self.teacher.compile()
+
+    def train_step(self, batch: Batch, optimizer: torch.optim.Optimizer, values: StepValues) -> dict[str, Tensor]:
+        """One step: targets, losses, gradients, optimizer, EMA.
+
+        A step whose loss or gradient is not finite on any rank leaves everything as it was.
+
+        Args:
+            batch: this rank's crops, on the device.
+            optimizer: over the student's parameters, its schedules applied.
+            values: the schedules' values at this step.
+
+        Returns:
+            Scalars, averaged over ranks: loss, dino, ibot, koleo, gradient norms, and `finite` (1 or 0);
+            and from this rank `targets` (2B, K) and `teacher_cls` (2B, D).
+        """
+        targets = self.teacher_targets(batch, values.teacher_temperature)
+        optimizer.zero_grad(set_to_none=True)
+        losses = self.backward(batch, targets)
+        norms = clip_gradients(self.submodules(), self.recipe.optimizer.clip)
+        scalars = self.parallel.mean(losses | {f"gradient_{name}": norm for name, norm in norms.items()})
+        finite = torch.stack(list(scalars.values())).isfinite().all()
+        if finite:
+            optimizer.step()
+            update_teacher(self.teacher, self.student, values.teacher_momentum)
+        return scalars | {"finite": finite, "targets": targets.dino_VBK, "teacher_cls": targets.cls_VBD}
+
+    @torch.no_grad()
+    def teacher_targets(self, batch: Batch, temperature: float) -> Targets:
+        """The teacher's view of the unmasked global crops, as probabilities over prototypes."""
+        patches = None if batch.masks_VBN is None else batch.masks_VBN.flatten().nonzero().squeeze(1)
+        with self.parallel.autocast(self.recipe.run.precision):
+            seen = self.teacher(batch.globals_VB3HW, patches=patches)
+            dino_logits = seen.dino @ seen.prototypes.to(seen.dino.dtype).T
+            dino = self._probabilities(dino_logits, self.dino_center, temperature)
+            if patches is None:
+                return Targets(dino, None, seen.cls)
+            ibot_logits = seen.ibot @ seen.ibot_prototypes.to(seen.ibot.dtype).T
+            return Targets(dino, self._probabilities(ibot_logits, self.ibot_center, temperature), seen.cls)
+
+    def _probabilities(self, logits_NK: Tensor, center: Center, temperature: float) -> Tensor:
+        if self.recipe.loss.targets == "sinkhorn":
+            return sinkhorn_knopp(logits_NK, temperature, self.recipe.loss.sinkhorn_iterations)
+        probabilities_NK = softmax_center(logits_NK, center.center, temperature)
+        center.update(logits_NK)  # this batch moves the next batch's centre
+        return probabilities_NK
+
+    def backward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """Losses of the student and their gradients.
+
+        The DINO loss of the local crops, and everything of the global crops, are separate terms of one sum:
+        each is differentiated as soon as it is known, so that activations of both are never held at once.
+        """
+        recipe, total = self.recipe, {}
+        num_images, num_locals = batch.num_images, recipe.crops.num_locals
+        num_pairs = 2 + 2 * num_locals
+        targets_VBK = targets.dino_VBK.unflatten(0, (2, num_images))
+        parts = list(_parts(batch, targets, recipe.run.accumulation))
+        for index, part in enumerate(parts):
+            chosen = targets_VBK[:, part.images]
+            temperature = recipe.loss.student_temperature
+            if num_locals:
+                with self.parallel.no_sync(self.student), self._forward():
+                    local = self.student(part.locals_VB3HW)
+                    loss = dino_loss_local(
+                        local.dino, local.prototypes, chosen, temperature, num_pairs, num_images
+                    )
+                (recipe.loss.dino * loss).backward()
+                _add(total, "dino", loss)
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else self.parallel.no_sync(self.student):
+                with self._forward():
+                    seen = self.student(part.globals_VB3HW, part.masks_VBN, part.patches)
+                    dino = dino_loss_global(
+                        seen.dino, seen.prototypes, chosen, temperature, num_pairs, num_images
+                    )
+                    koleo = self._koleo(seen.cls, len(part.images) / num_images)
+                    loss = recipe.loss.dino * dino + recipe.loss.koleo * koleo
+                    if part.weights_M is not None:
+                        ibot = ibot_loss(
+                            seen.ibot, seen.ibot_prototypes, part.ibot_MK, part.weights_M, 2 * num_images, temperature
+                        )
+                        loss = loss + recipe.loss.ibot * ibot
+                        _add(total, "ibot", ibot)
+                loss.backward()
+            _add(total, "dino", dino)
+            _add(total, "koleo", koleo)
+        weights = {"dino": recipe.loss.dino, "ibot": recipe.loss.ibot, "koleo": recipe.loss.koleo}
+        summed = torch.stack([weights[name] * value for name, value in total.items()]).sum()
+        return {"loss": summed, **total}
+
+    def _koleo(self, cls_VBD: Tensor, share: float) -> Tensor:
+        if self.recipe.loss.koleo == 0:
+            return cls_VBD.new_zeros((), dtype=torch.float32)
+        first, second = cls_VBD.chunk(2)
+        return share * (koleo_loss(first, group_wide=True) + koleo_loss(second, group_wide=True))
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        with self.parallel.autocast(self.recipe.run.precision):
+            yield
+
+    def submodules(self) -> dict[str, nn.Module]:
+        """The parts of the student whose gradients are clipped each by themselves."""
+        network = self.parallel.unwrap(self.student)
+        return {name: part for name, part in network.named_children() if part is not None}
+
+    def teacher_backbone(self) -> VisionTransformer:
+        """The backbone that a run is for; sharded under FSDP."""
+        return cast(VisionTransformer, self.parallel.unwrap(self.teacher).backbone)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A slice of a batch: some images, all their crops."""
+
+    images: Tensor  # indices into the batch
+    globals_VB3HW: Tensor
+    locals_VB3HW: Tensor
+    masks_VBN: Tensor | None
+    patches: Tensor | None
+    ibot_MK: Tensor | None
+    weights_M: Tensor | None
+
+
+def _parts(batch: Batch, targets: Targets, num_parts: int) -> Iterator[_Part]:
+    device, num_images = batch.globals_VB3HW.device, batch.num_images
+    order_M = _masked_crop(batch.masks_VBN)
+    for images in torch.arange(num_images, device=device).tensor_split(min(num_parts, num_images)):
+        num_locals = len(batch.locals_VB3HW) // num_images
+        rows = _rows(images, num_images, 2)
+        local_rows = _rows(images, num_images, num_locals)
+        if batch.masks_VBN is None or order_M is None or targets.ibot_MK is None:
+            yield _Part(images, batch.globals_VB3HW[rows], batch.locals_VB3HW[local_rows], None, None, None, None)
+            continue
+        masks = batch.masks_VBN[rows]
+        kept = slice(None) if num_parts == 1 else torch.isin(order_M, rows).nonzero().squeeze(1)
+        per_crop = masks.sum(1).float()
+        yield _Part(
+            images,
+            batch.globals_VB3HW[rows],
+            batch.locals_VB3HW[local_rows],
+            masks,
+            masks.flatten().nonzero().squeeze(1),
+            targets.ibot_MK[kept],
+            per_crop.reciprocal()[_masked_crop(masks)],
+        )
+
+
+def _rows(images: Tensor, num_images: int, num_views: int) -> Tensor:
+    views = torch.arange(num_views, device=images.device)
+    return (views[:, None] * num_images + images[None]).flatten()
+
+
+def _masked_crop(masks_VBN: Tensor | None) -> Tensor | None:
+    return None if masks_VBN is None else masks_VBN.nonzero()[:, 0]
+
+
+def _add(total: dict[str, Tensor], name: str, value: Tensor) -> None:
+    total[name] = total[name] + value.detach() if name in total else value.detach()

@@ -1,0 +1,155 @@
+"""Ranks, devices and precision: one process, or many under torchrun, with the same code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unlabeled.errors import UserError
+
+
+def choose_device(text: str = "auto") -> torch.device:
+    """The device a text names; "auto" is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: the device is unknown or not on this machine.
+    """
+    if text == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {text} is not on this machine; auto, cpu, cuda and mps may be") from error
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than float32 ones there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        if hasattr(torch.cpu, "get_capabilities"):
+            capability = torch.cpu.get_capabilities()
+            return any(capability.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+@dataclass
+class Parallel:
+    """This process among the ranks.
+
+    Attributes:
+        device: where this rank computes.
+        rank: 0 for the one that writes files.
+        world: number of ranks.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def start(device: str = "auto") -> Parallel:
+        """Join the ranks that torchrun started, if it did (environment variables RANK, WORLD_SIZE)."""
+        chosen = choose_device(device)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+            return Parallel(chosen)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        return Parallel(chosen, dist.get_rank(), dist.get_world_size())
+
+    @property
+    def distributed(self) -> bool:
+        """Whether a process group exists, of one rank even."""
+        return dist.is_initialized()
+
+    def stop(self) -> None:
+        """Leave the ranks."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def wrap(self, student: nn.Module, teacher: nn.Module, sharding: str) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher as the ranks share them: "ddp" copies, "fsdp" shards (FSDP2)."""
+        if not self.distributed:
+            return student, teacher
+        if sharding == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            for network in (student, teacher):
+                for block in network.backbone.blocks:
+                    fully_shard(block)
+            fully_shard(student)
+            # No backward pass of the teacher's would shard its root again before the EMA.
+            fully_shard(teacher, reshard_after_forward=True)
+            return student, teacher
+        for value in student.state_dict().values():  # one start for all ranks
+            dist.broadcast(value, 0)
+        teacher.load_state_dict(student.state_dict())
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False), teacher
+
+    @staticmethod
+    def unwrap(network: nn.Module) -> nn.Module:
+        """The network itself, without DDP around it."""
+        return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+    @contextlib.contextmanager
+    def no_sync(self, network: nn.Module) -> Iterator[None]:
+        """Gradients of this pass stay on the rank until a later pass shares the sum."""
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            with network.no_sync():
+                yield
+        elif self.distributed and hasattr(network, "set_requires_gradient_sync"):
+            network.set_requires_gradient_sync(False)
+            yield
+            network.set_requires_gradient_sync(True)
+        else:
+            yield
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """Compute in bf16 where asked for, or with "auto" where the device has it; state stays float32."""
+        enabled = precision == "bf16" or (precision == "auto" and has_bf16(self.device))
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def mean(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each scalar averaged over the ranks, in one message."""
+        values = torch.stack([value.detach().float().reshape(()) for value in scalars.values()])
+        if self.distributed:
+            dist.all_reduce(values)
+            values /= self.world
+        return dict(zip(scalars, values.unbind(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if not self.distributed:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.distributed:
+            dist.barrier()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Rows of all ranks, concatenated; the ranks hold the same number of rows."""
+        if not self.distributed:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)

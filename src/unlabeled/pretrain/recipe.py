@@ -1,0 +1,411 @@
+"""Recipes: every number of a pretraining run, in one place, named, typed and saved beside the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from unlabeled.errors import UserError
+from unlabeled.pretrain.crops import CropRecipe
+from unlabeled.vit import SIZES, VitConfig, vit_config
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The backbone."""
+
+    size: str = "vit_small"  # a name in unlabeled.vit.SIZES
+    width: int = 0  # 0: the size's own
+    depth: int = 0  # blocks; 0: the size's own
+    num_heads: int = 0  # attention heads; 0: the size's own
+    patch_size: int = 14  # pixels
+    num_registers: int = 0  # register tokens: 0, or 4 and more (2309.16588)
+    drop_path: float = 0.0  # one uniform rate, student only
+    layer_scale: float = 1e-5  # initial LayerScale
+    image_size: int = 0  # pixels the position embedding is learned at; 0: the global crop's
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """The projection heads of student and teacher (DINOv2 section 4)."""
+
+    num_prototypes: int = 65536  # outputs of the DINO head
+    bottleneck: int = 256  # width before the prototypes
+    hidden: int = 2048  # width of the two hidden layers
+    shared: bool = True  # iBOT uses the DINO head
+    ibot_num_prototypes: int = 65536  # outputs of the iBOT head, when not shared
+    ibot_bottleneck: int = 256  # the same of the iBOT head, when not shared
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """The three losses and the teacher's targets."""
+
+    dino: float = 1.0  # weight of the DINO loss
+    ibot: float = 1.0  # weight of the iBOT loss; 0 leaves out masks too
+    koleo: float = 0.1  # weight of KoLeo
+    targets: Literal["sinkhorn", "centering"] = "sinkhorn"  # how the teacher's outputs become targets
+    sinkhorn_iterations: int = 3  # of Sinkhorn-Knopp
+    center_momentum: float = 0.9  # EMA of the centre
+    student_temperature: float = 0.1  # of the student's softmax
+    mask_probability: float = 0.5  # share of the global crops that are masked
+    mask_ratio: tuple[float, float] = (0.1, 0.5)  # share of patches masked in such a crop
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """The EMA teacher."""
+
+    momentum: float = 0.992  # at the start, cosine to final_momentum
+    final_momentum: float = 1.0  # at the end
+    temperature: float = 0.04  # at the start, linear to final_temperature
+    final_temperature: float = 0.07  # from the end of the warm-up on
+    temperature_warmup: float = 0.3  # fraction of the run
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW and its schedules; every length is a fraction of the run."""
+
+    lr: float = 4e-3  # base learning rate, before scaling by batch
+    scaling: Literal["sqrt", "linear", "none"] = "sqrt"  # lr * sqrt(batch/reference) or lr * batch/reference
+    reference_batch: int = 1024  # batch at which lr holds as it stands
+    final_lr: float = 1e-6  # at the end of the cosine
+    warmup: float = 0.1  # fraction of the run, linear from 0
+    weight_decay: float = 0.04  # at the start, cosine to final_weight_decay
+    final_weight_decay: float = 0.4  # at the end
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    clip: float = 3.0  # gradient norm of backbone and of each head; 0: no clipping
+    layer_decay: float = 1.0  # learning rate of a block over that of the next
+    patch_embed_multiplier: float = 0.2  # learning rate of the patch embedding
+    freeze_last_layer: float = 0.01  # fraction of the run in which the prototypes stay as they are
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """Length, batch, precision, bookkeeping."""
+
+    steps: int = 10000  # optimizer steps
+    batch_size: int = 64  # images a step, over all ranks
+    accumulation: int = 1  # parts the batch of a rank is cut into to save memory
+    seed: int = 0  # of everything random
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # compute; auto: bf16 where the device has it
+    sharding: Literal["ddp", "fsdp"] = "ddp"  # of parameters over ranks
+    compile: bool = False  # torch.compile student and teacher backbones
+    checkpoint_blocks: bool = False  # recompute activations of the blocks in the backward pass
+    checkpoint_every: int = 0  # steps; 0: a twentieth of the run
+    keep_checkpoints: int = 2  # how many of the latest are kept
+    health_every: int = 0  # steps between the dearer figures; 0: a hundredth of the run
+    eval_every: int = 0  # steps between k-NN evaluations; 0: a tenth of the run
+    workers: int = -1  # processes that make crops, a rank; -1: chosen from the cores; 0: none
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the images are."""
+
+    train: str = ""  # DATA to pretrain on
+    evaluation: str = ""  # labelled DATA for k-NN on the way, or nothing
+    eval_crop: int = 0  # pixels of the evaluation's centre crop; 0: the global crop's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run is made of; frozen, and saved as recipe.toml."""
+
+    name: str = "vits14"
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    head: HeadRecipe = field(default_factory=HeadRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    crops: CropRecipe = field(default_factory=CropRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+
+    def vit_config(self) -> VitConfig:
+        """The backbone's configuration."""
+        model = self.model
+        overrides: dict[str, Any] = {
+            "patch_size": model.patch_size,
+            "num_registers": model.num_registers,
+            "layer_scale": model.layer_scale,
+            "image_size": model.image_size or self.crops.global_size,
+        }
+        for name in ("width", "depth", "num_heads"):
+            if getattr(model, name):
+                overrides[name] = getattr(model, name)
+        return vit_config(model.size, **overrides)
+
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, scaled by the batch (DINOv2 appendix B: square root)."""
+        ratio = self.run.batch_size / self.optimizer.reference_batch
+        scale = {"sqrt": math.sqrt(ratio), "linear": ratio, "none": 1.0}[self.optimizer.scaling]
+        return self.optimizer.lr * scale
+
+
+_SHORT = OptimizerRecipe(layer_decay=0.9)
+_LONG = OptimizerRecipe(lr=2e-4, warmup=0.16, final_weight_decay=0.2, freeze_last_layer=0.002)
+_LONG_HEADS = HeadRecipe(
+    num_prototypes=131072, bottleneck=384, shared=False, ibot_num_prototypes=131072, ibot_bottleneck=256
+)
+_LONG_TEACHER = TeacherRecipe(momentum=0.994, temperature_warmup=0.06)
+
+
+def _named() -> dict[str, Recipe]:
+    return {
+        "tiny": Recipe(
+            name="tiny",
+            model=ModelRecipe(size="vit_tiny", patch_size=16),
+            head=HeadRecipe(num_prototypes=4096, bottleneck=128, hidden=512),
+            crops=CropRecipe(global_size=128, local_size=64, num_locals=4),
+            optimizer=OptimizerRecipe(lr=2e-3, patch_embed_multiplier=1.0, weight_decay=0.04, final_weight_decay=0.1),
+            teacher=TeacherRecipe(momentum=0.99),
+            run=RunRecipe(steps=1000, batch_size=64),
+        ),
+        "vits14": Recipe(
+            name="vits14",
+            model=ModelRecipe(size="vit_small", drop_path=0.1),
+            optimizer=_SHORT,
+            run=RunRecipe(steps=125_000, batch_size=1024),
+        ),
+        "vitb14": Recipe(
+            name="vitb14",
+            model=ModelRecipe(size="vit_base", drop_path=0.2),
+            optimizer=_SHORT,
+            run=RunRecipe(steps=125_000, batch_size=1024),
+        ),
+        # DINOv2 appendix B, "short": ViT-L/16 on ImageNet-1k.
+        "vitl16_short": Recipe(
+            name="vitl16_short",
+            model=ModelRecipe(size="vit_large", patch_size=16, drop_path=0.3),
+            loss=LossRecipe(targets="centering"),
+            optimizer=_SHORT,
+            crops=CropRecipe(local_size=96),
+            run=RunRecipe(steps=125_000, batch_size=2048, checkpoint_blocks=True),
+        ),
+        # DINOv2 table 16, "long": LVD-142M.
+        "vitl14": Recipe(
+            name="vitl14",
+            model=ModelRecipe(size="vit_large", drop_path=0.4),
+            head=_LONG_HEADS,
+            teacher=_LONG_TEACHER,
+            optimizer=_LONG,
+            run=RunRecipe(steps=625_000, batch_size=3072, checkpoint_blocks=True),
+        ),
+        "vitg14": Recipe(
+            name="vitg14",
+            model=ModelRecipe(size="vit_giant2", drop_path=0.4),
+            head=_LONG_HEADS,
+            teacher=_LONG_TEACHER,
+            optimizer=_LONG,
+            run=RunRecipe(steps=625_000, batch_size=3072, checkpoint_blocks=True, sharding="fsdp"),
+        ),
+        # DINO (2104.14294), ViT-S/16: no iBOT, no KoLeo, centering, batch 1024 for 100 epochs.
+        "dino_vits16": Recipe(
+            name="dino_vits16",
+            model=ModelRecipe(size="vit_small", patch_size=16, drop_path=0.1, layer_scale=1.0),
+            loss=LossRecipe(ibot=0.0, koleo=0.0, targets="centering"),
+            teacher=TeacherRecipe(momentum=0.996, final_temperature=0.04),
+            optimizer=OptimizerRecipe(
+                lr=5e-4, scaling="linear", reference_batch=256, patch_embed_multiplier=1.0, freeze_last_layer=0.01
+            ),
+            crops=CropRecipe(
+                global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_size=96, blur=(1.0, 0.1, 0.5)
+            ),
+            run=RunRecipe(steps=125_000, batch_size=1024),
+        ),
+    }  # fmt: skip
+
+
+RECIPE_NAMES = ("auto", "tiny", "vits14", "vitb14", "vitl16_short", "vitl14", "vitg14", "dino_vits16")
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name, as a fresh frozen dataclass.
+
+    "auto" is not among them: it depends on the data (see `unlabeled.pretrain.auto.choose`).
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    recipes = _named()
+    if name not in recipes:
+        near = difflib.get_close_matches(name, RECIPE_NAMES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(RECIPE_NAMES)}"
+        raise UserError(f"no recipe is called {name!r}: {hint}")
+    return recipes[name]
+
+
+def field_types(recipe: Any) -> dict[str, Any]:
+    """Dotted field name -> type, of a recipe and the recipes in it."""
+    hints = typing.get_type_hints(type(recipe))
+    result: dict[str, Any] = {}
+    for item in dataclasses.fields(recipe):
+        value = getattr(recipe, item.name)
+        if dataclasses.is_dataclass(value):
+            result |= {f"{item.name}.{name}": kind for name, kind in field_types(value).items()}
+        else:
+            result[item.name] = hints[item.name]
+    return result
+
+
+def override(recipe: Recipe, values: dict[str, Any], where: str) -> Recipe:
+    """The recipe with some fields set.
+
+    Args:
+        recipe: the one to start from.
+        values: dotted field name ("optimizer.lr") -> value, or its text.
+        where: what the values come from, for the error ("the command line", a file).
+
+    Raises:
+        UserError: a name is unknown (the near one is suggested) or a value has the wrong type.
+    """
+    kinds = field_types(recipe)
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1, cutoff=0.5)
+            last = [known for known in kinds if known.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+            guess = (last or near or [None])[0]
+            hint = f"did you mean {guess}?" if guess else "`unlabeled info recipes` lists all fields"
+            raise UserError(f"{where} sets {name}, which no recipe has: {hint}")
+        recipe = _replaced(recipe, name, _converted(name, value, kinds[name], where))
+    check(recipe, where)
+    return recipe
+
+
+def check(recipe: Recipe, where: str) -> None:
+    """Refuse what would otherwise fail late or silently.
+
+    Raises:
+        UserError: naming the field and what it may be.
+    """
+
+    def need(good: bool, name: str, text: str) -> None:
+        if not good:
+            raise UserError(f"{where}: {name} {text}")
+
+    run, crops, model = recipe.run, recipe.crops, recipe.model
+    need(model.size in SIZES, "model.size", f"is {model.size!r}, and may be one of {', '.join(SIZES)}")
+    need(model.patch_size >= 1, "model.patch_size", "must be at least 1 pixel")
+    need(0 <= model.drop_path < 1, "model.drop_path", f"is {model.drop_path}, and must lie in [0, 1)")
+    need(run.steps >= 1, "run.steps", f"is {run.steps}, and must be at least 1")
+    need(run.batch_size >= 1, "run.batch_size", f"is {run.batch_size}, and must be at least 1")
+    need(run.accumulation >= 1, "run.accumulation", f"is {run.accumulation}, and must be at least 1")
+    need(crops.num_globals == 2, "crops.num_globals", f"is {crops.num_globals}; the method has 2 global crops")
+    for name, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
+        need(size >= model.patch_size, name, f"is {size}, smaller than a patch of {model.patch_size} pixels")
+        multiple = size // model.patch_size * model.patch_size
+        need(size == multiple, name, f"is {size}, not a multiple of the patch ({model.patch_size}); {multiple} is")
+    for name in ("warmup", "freeze_last_layer"):
+        share = getattr(recipe.optimizer, name)
+        need(0 <= share <= 1, f"optimizer.{name}", f"is {share}, and is a fraction of the run, in [0, 1]")
+    share = recipe.teacher.temperature_warmup
+    need(0 <= share <= 1, "teacher.temperature_warmup", f"is {share}, and is a fraction of the run, in [0, 1]")
+    low, high = recipe.loss.mask_ratio
+    need(0 < low <= high <= 1, "loss.mask_ratio", f"is {low}, {high}; it needs 0 < low <= high <= 1")
+
+
+def _replaced(node: Any, name: str, value: Any) -> Any:
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(node, **{first: _replaced(getattr(node, first), rest, value) if rest else value})
+
+
+def _converted(name: str, value: Any, kind: Any, where: str) -> Any:
+    if isinstance(value, str) and kind is not str:
+        value = _parsed(value)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        wanted = "one of " + ", ".join(map(str, arguments))
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and (len(value) == len(arguments) or arguments[-1] is ...):
+            one = arguments[0]
+            return tuple(_converted(name, item, one, where) for item in value)
+        wanted = f"{len(arguments)} numbers, as 0.1,0.5"
+    elif origin is types.UnionType:
+        if value is None or value == "none":
+            return None
+        return _converted(name, value, next(a for a in arguments if a is not types.NoneType), where)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+        wanted = "a finite number"
+    elif type(value) is kind:
+        return value
+    else:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    raise UserError(f"{where} sets {name} to {value!r}; it takes {wanted}")
+
+
+def _parsed(text: str) -> Any:
+    if "," in text and not text.startswith("["):
+        return [_parsed(part.strip()) for part in text.strip("()").split(",")]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every field as TOML; `read_recipe` gives the same recipe back."""
+    lines = [f"name = {json.dumps(recipe.name)}"]
+    for section in dataclasses.fields(recipe):
+        part = getattr(recipe, section.name)
+        if dataclasses.is_dataclass(part):
+            lines += ["", f"[{section.name}]"]
+            lines += [f"{item.name} = {_toml(getattr(part, item.name))}" for item in dataclasses.fields(part)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Dotted field name -> value of a TOML file.
+
+    Raises:
+        UserError: the file cannot be read or is no TOML.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"the recipe {path} is not valid TOML: {error}") from error
+    return {
+        f"{section}.{name}" if isinstance(part, dict) else section: value
+        for section, part in tree.items()
+        for name, value in (part.items() if isinstance(part, dict) else [("", part)])
+    }
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a TOML file: the fields it sets, over the recipe its `name` names.
+
+    Raises:
+        UserError: unreadable file, unknown name or field, wrong type.
+    """
+    values = read_values(path)
+    name = values.get("name", "vits14")
+    base = _named().get(str(name), Recipe(name=str(name)))
+    return override(base, values, str(path))
