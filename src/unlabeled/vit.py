@@ -26,6 +26,8 @@ SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"]]] = {
 LAYER_NORM_EPS = 1e-6
 # Above this rate drop path runs the residual branch on a part of the batch only.
 SUBSET_DROP_PATH = 0.1
+# Up to this many tokens attention on a CPU in bfloat16 holds its T x T weights whole.
+PLAIN_ATTENTION = 1500
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the patch embeddings, row by row."""
-        B, C, H, W = images_BCHW.shape
-        p = self.proj.kernel_size[0]
-        patches = images_BCHW.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
-        # A convolution whose stride is its kernel is a matrix product, and that is the faster way on a CPU.
-        return functional.linear(
-            patches.reshape(B, -1, C * p * p), self.proj.weight.flatten(1), self.proj.bias
-        )
+        return cast(Tensor, self.proj(images_BCHW)).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -135,10 +131,14 @@ class Attention(nn.Module):
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return softmax(query key^T / sqrt(head width)) value, each (B, heads, T, head width)."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
-        # torch's fused attention has a bf16 gradient on CPUs that is 2.5 to 6 times slower than the plain products.
+    plain = (
+        query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= PLAIN_ATTENTION
+    )
+    if plain:
+        # torch's fused kernel is 2 (forward) and 3 to 5 (with gradient) times slower here than plain products.
         weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        return weights.softmax(dim=-1) @ value
+        mixed: Tensor = weights.softmax(dim=-1) @ value
+        return mixed
     return functional.scaled_dot_product_attention(query, key, value)
 
 
