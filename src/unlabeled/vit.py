@@ -135,7 +135,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= PLAIN_ATTENTION
     )
     if plain:
-        # torch's fused kernel is 2 (forward) and 3 to 5 (with gradient) times slower here than plain products.
+        # torch's fused kernel is 2 (forward) and 3 to 5 (with gradient) times slower here.
         weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         mixed: Tensor = weights.softmax(dim=-1) @ value
         return mixed

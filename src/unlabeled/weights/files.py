@@ -1,0 +1,123 @@
+"""What every weight format shares: reading tensors, renaming keys, strict filling, atomic writing."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unlabeled.errors import UserError
+from unlabeled.vit import VisionTransformer, VitConfig
+
+State = dict[str, Tensor]
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Return what a weight file holds: a state dict, or for a pickle possibly a dict of state dicts.
+
+    Only tensors and plain containers are read from a pickle; nothing in the file is run.
+    Raises UserError for a file that is damaged, or that wants more than weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+            raise UserError(f"{path} is damaged or no weight file; fetch or export it anew.") from error
+        reason = re.search(r"(?:GLOBAL|global|class)\s+([\w.]+)", str(error))
+        what = f" ({reason[1]})" if reason else ""
+        raise UserError(
+            f"{path} wants to run code{what}, not only hold weights, so it was not opened; "
+            "save its state dict of plain tensors instead."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged or no weight file; fetch or export it anew.") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{path} holds a {type(held).__name__}; expected a dict of weights by name.")
+    return held
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file; raises UserError where it is none."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid JSON; fetch or export the model anew.") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{path} is no JSON object; fetch or export the model anew.")
+    return held
+
+
+def renamer(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
+    """Return a function that renames keys from the first column's form to the second's.
+
+    "{i}" stands for a block's number; a key that continues after a listed name with .weight or .bias
+    keeps that ending; a key that is not listed stays as it is.
+    """
+    rules = [
+        (re.compile(re.escape(old).replace(r"\{i\}", r"(\d+)") + r"(|\.weight|\.bias)"), new)
+        for old, new in pairs
+    ]
+
+    def rename(key: str) -> str:
+        for pattern, new in rules:
+            if match := pattern.fullmatch(key):
+                return new.format(i=match[1]) + match[match.lastindex or 0]
+        return key
+
+    return rename
+
+
+def fill(config: VitConfig, state: Mapping[str, Tensor], source: str) -> VisionTransformer:
+    """Return a model in evaluation mode with these weights (our keys), in float32.
+
+    Raises UserError, in one line, naming missing, unexpected and wrongly shaped keys of `source`.
+    """
+    with torch.device("meta"):
+        model = VisionTransformer(config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    faults = [
+        _few("missing", [name for name in expected if name not in state]),
+        _few("unexpected", [name for name in state if name not in expected]),
+        _few(
+            "of the wrong shape",
+            [
+                f"{name} {tuple(state[name].shape)} instead of {shape}"
+                for name, shape in expected.items()
+                if name in state and tuple(state[name].shape) != shape
+            ],
+        ),
+    ]
+    if any(faults):
+        raise UserError(f"{source} does not fit a DINOv2 backbone: {'; '.join(filter(None, faults))}.")
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _few(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{what}: {', '.join(names[:4])}{more}"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, which takes the place of `path` only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)  # noqa: PTH105
+    finally:
+        temporary.unlink(missing_ok=True)

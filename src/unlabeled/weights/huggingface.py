@@ -1,0 +1,204 @@
+"""Folders in Hugging Face format: config.json and model.safetensors, as Dinov2Model and its kin read them."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from unlabeled.errors import UserError
+from unlabeled.vit import LAYER_NORM_EPS, VisionTransformer, VitConfig
+from unlabeled.weights.files import State, fill, read_json, read_tensors, renamer, replacing
+
+# ours, theirs on disk (transformers 5 renames modules in memory, not on disk)
+TABLE = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("mask_token", "embeddings.mask_token"),
+    ("register_tokens", "embeddings.register_tokens"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("blocks.{i}.norm1", "encoder.layer.{i}.norm1"),
+    ("blocks.{i}.norm2", "encoder.layer.{i}.norm2"),
+    ("blocks.{i}.attn.proj", "encoder.layer.{i}.attention.output.dense"),
+    ("blocks.{i}.ls1.gamma", "encoder.layer.{i}.layer_scale1.lambda1"),
+    ("blocks.{i}.ls2.gamma", "encoder.layer.{i}.layer_scale2.lambda1"),
+    ("blocks.{i}.mlp.fc1", "encoder.layer.{i}.mlp.fc1"),
+    ("blocks.{i}.mlp.fc2", "encoder.layer.{i}.mlp.fc2"),
+    ("blocks.{i}.mlp.w12", "encoder.layer.{i}.mlp.weights_in"),
+    ("blocks.{i}.mlp.w3", "encoder.layer.{i}.mlp.weights_out"),
+    ("norm", "layernorm"),
+)
+# blocks.{i}.attn.qkv is encoder.layer.{i}.attention.attention.query, .key and .value, stacked in this order.
+QKV = ("query", "key", "value")
+OUR_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
+THEIR_QKV = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)")
+PREFIX = re.compile(r"^dinov2(_with_registers)?\.")  # of the backbone inside a classifier
+
+KINDS = ("dinov2", "dinov2_with_registers")
+OWN_KEY = "unlabeled"  # what transformers' config has no field for
+
+
+def load_huggingface(folder: str | Path) -> VisionTransformer:
+    """Return the model of a folder in Hugging Face format, in evaluation mode.
+
+    A classifier on top of the backbone is left out.
+    Raises UserError for another kind of model, or missing, unexpected or wrongly shaped keys.
+    """
+    folder = Path(folder)
+    config = read_config(folder / "config.json")
+    tensors: State = {}
+    for path in weight_files(folder):
+        tensors.update(read_tensors(path))
+    return fill(config, from_huggingface(tensors, config), str(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's weights; raises UserError where there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+    raise UserError(f"{folder} has a config.json but no weights; model.safetensors should lie beside it.")
+
+
+def read_config(path: Path) -> VitConfig:
+    """Return the configuration in a Hugging Face config.json.
+
+    Raises UserError for another model than DINOv2, or a variant that this backbone does not have.
+    """
+    held = read_json(path)
+    kind = held.get("model_type")
+    if kind not in KINDS:
+        raise UserError(f"{path} is of model_type {kind!r}; a DINOv2 backbone is {' or '.join(KINDS)}.")
+    for field, value in (("hidden_act", "gelu"), ("layer_norm_eps", LAYER_NORM_EPS)):
+        if held.get(field, value) != value:
+            raise UserError(f"{path} has {field} {held[field]!r}; only {value!r} can be loaded.")
+    with_registers = kind == "dinov2_with_registers"
+    own = held.get(OWN_KEY, {})
+    return VitConfig(
+        width=held.get("hidden_size", 768),
+        depth=held.get("num_hidden_layers", 12),
+        num_heads=held.get("num_attention_heads", 12),
+        patch_size=_side(held.get("patch_size", 16 if with_registers else 14), "patch_size", path),
+        num_registers=held.get("num_register_tokens", 4) if with_registers else 0,
+        ffn="swiglu" if held.get("use_swiglu_ffn", False) else "mlp",
+        mlp_ratio=held.get("mlp_ratio", 4),
+        image_size=_side(held.get("image_size", 224), "image_size", path),
+        interpolation=own.get("interpolation", "antialias" if with_registers else "size"),
+        fit=own.get("fit", "crop"),
+        layer_scale=held.get("layerscale_value", 1.0),
+        in_channels=held.get("num_channels", 3),
+        qkv_bias=held.get("qkv_bias", True),
+    )
+
+
+def _side(value: Any, field: str, path: Path) -> int:
+    sides = value if isinstance(value, list) else [value]
+    if len(set(sides)) != 1:
+        raise UserError(f"{path} has {field} {value}; only square ones can be loaded.")
+    return int(sides[0])
+
+
+def from_huggingface(tensors: Mapping[str, torch.Tensor], config: VitConfig) -> State:
+    """Return our state dict of a Hugging Face one; keys that are not known stay as they are."""
+    rename = renamer((theirs, ours) for ours, theirs in TABLE)
+    classifier = any(PREFIX.match(key) for key in tensors)
+    state: State = {}
+    thirds: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        key = PREFIX.sub("", key)
+        if match := THEIR_QKV.fullmatch(key):
+            thirds.setdefault(f"blocks.{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = value
+        elif not (classifier and key.startswith("classifier.")):
+            state[rename(key)] = value
+    for name, parts in thirds.items():
+        if len(parts) == len(QKV):
+            state[name] = torch.cat([parts[part] for part in QKV])
+        else:
+            state.update({f"{name} ({part})": value for part, value in parts.items()})
+    if not config.num_registers:
+        state.pop("register_tokens", None)  # of length zero
+    state.setdefault("mask_token", torch.zeros(1, config.width))  # use_mask_token false: none was learned
+    return state
+
+
+def to_huggingface(model: VisionTransformer) -> State:
+    """Return the Hugging Face state dict, as it lies on disk."""
+    rename = renamer(TABLE)
+    state: State = {}
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu()
+        if match := OUR_QKV.fullmatch(name):
+            for part, third in zip(QKV, value.chunk(3), strict=True):
+                state[f"encoder.layer.{match[1]}.attention.attention.{part}.{match[2]}"] = third.clone()
+        else:
+            state[rename(name)] = value.clone()
+    if kind_of(model.config) == "dinov2_with_registers" and not model.config.num_registers:
+        state["embeddings.register_tokens"] = torch.zeros(1, 0, model.config.width)
+    return state
+
+
+def kind_of(config: VitConfig) -> str:
+    """Return the model_type under which transformers resizes the position embedding as this model does.
+
+    Without registers and with antialiasing that is the kind with registers, of which there are none.
+    """
+    with_registers = config.num_registers or config.interpolation == "antialias"
+    return "dinov2_with_registers" if with_registers else "dinov2"
+
+
+def to_config(config: VitConfig) -> dict[str, Any]:
+    """Return the contents of config.json."""
+    kind = kind_of(config)
+    held: dict[str, Any] = {
+        "architectures": ["Dinov2Model" if kind == "dinov2" else "Dinov2WithRegistersModel"],
+        "model_type": kind,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": 0.0,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "layerscale_value": config.layer_scale,
+        "use_swiglu_ffn": config.ffn == "swiglu",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_channels,
+        "qkv_bias": config.qkv_bias,
+        "torch_dtype": "float32",
+        OWN_KEY: {"interpolation": config.interpolation, "fit": config.fit},
+    }
+    if kind == "dinov2_with_registers":
+        held["num_register_tokens"] = config.num_registers
+    return held
+
+
+def save_huggingface(model: VisionTransformer, folder: str | Path) -> list[str]:
+    """Write config.json and model.safetensors, each replaced only when complete.
+
+    transformers.AutoModel.from_pretrained(folder) then gives this model's features. Returns one line for
+    each thing that transformers cannot carry.
+    """
+    folder = Path(folder)
+    with (
+        replacing(folder / "config.json") as config_path,
+        replacing(folder / "model.safetensors") as weights_path,
+    ):
+        save_file(to_huggingface(model), weights_path, metadata={"format": "pt"})
+        config_path.write_text(json.dumps(to_config(model.config), indent=2) + "\n", encoding="utf-8")
+    theirs = "size" if kind_of(model.config) == "dinov2" else "antialias"
+    if model.config.interpolation == theirs:
+        return []
+    return [
+        "transformers resizes the position embedding in another way "
+        f"({theirs!r}, here {model.config.interpolation!r}): "
+        f"its features are the same at {model.config.image_size} pixels only."
+    ]
