@@ -338,21 +338,17 @@ class VisionTransformer(nn.Module):
 
         Bicubic, in float32; config.interpolation says which of the ways in use.
         """
-        side = self.config.grid_side
+        side, (h, w) = self.config.grid_side, grid
         if grid == (side, side):
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        square = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        if square.device.type == "mps":  # bicubic resizing and its gradient are not complete there
-            square = square.cpu()
-        if self.config.interpolation == "scale":
-            factor = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-            resized = functional.interpolate(square, scale_factor=factor, mode="bicubic")
-        else:
-            antialias = self.config.interpolation == "antialias"
-            resized = functional.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
-        resized = resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(patches)
-        return torch.cat((cls, resized), dim=1)
+        rows_hs, columns_ws = (
+            resize_matrix(side, size, self.config.interpolation, patches.device) for size in grid
+        )
+        with torch.autocast(patches.device.type, enabled=False):
+            resized = (rows_hs @ patches.float().view(side, -1)).view(h, side, -1)
+            resized = (columns_ws @ resized).view(1, h * w, -1)
+        return torch.cat((cls, resized.to(patches.dtype)), dim=1)
 
     def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
         if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -362,6 +358,24 @@ class VisionTransformer(nn.Module):
     def _tokens(self, x_BTD: Tensor, grid: tuple[int, int]) -> Tokens:
         first_patch = 1 + self.config.num_registers
         return Tokens(x_BTD[:, 0], x_BTD[:, 1:first_patch], x_BTD[:, first_patch:], grid)
+
+
+def resize_matrix(side: int, size: int, mode: str, device: torch.device) -> Tensor:
+    """Return bicubic resizing of one axis as a float32 matrix (size, side): each row weighs the old samples.
+
+    A product with it, unlike torch's own resizing of the embedding, has a gradient that is the same from
+    run to run on a GPU, that compiles, and that exists on every device. mode: see VitConfig.
+    """
+    here = torch.device("cpu") if device.type == "mps" else device  # where bicubic resizing is not complete
+    identity = torch.eye(side, device=here)[None, None]
+    if mode == "scale":
+        factor = ((size + 0.1) / side, 1.0)
+        matrix = functional.interpolate(identity, scale_factor=factor, mode="bicubic")
+    else:
+        matrix = functional.interpolate(
+            identity, size=(size, side), mode="bicubic", antialias=mode == "antialias"
+        )
+    return matrix[0, 0].to(device)
 
 
 def fit_to_patches(images_BCHW: Tensor, patch_size: int, fit: Literal["crop", "pad"]) -> Tensor:

@@ -26,7 +26,10 @@ KNOWN_NAMES = [
     *(f"dinov2_vit{letter}14{kind}" for kind in ("", "_reg") for letter in LETTERS),
     *(f"timm/vit_{size}_patch14_{kind}dinov2.lvd142m" for kind in ("", "reg4_") for size in LETTERS.values()),
 ]
-WAYS = "a run folder, a Hugging Face folder, a .pth, .safetensors or .bin file, or a name such as facebook/dinov2-small"
+WAYS = (
+    "a run folder, a Hugging Face folder, a .pth, .safetensors or .bin file, or a name such as "
+    "facebook/dinov2-small"
+)
 
 
 def load_model(text: str | Path, device: str | torch.device = "cpu") -> VisionTransformer:
@@ -92,13 +95,13 @@ def load_name(name: str) -> VisionTransformer:
     is_path = name.endswith(WEIGHT_SUFFIXES) or name.startswith((".", "~", "/"))
     if HUB_NAME.fullmatch(name) and not is_path:
         return load_folder(fetch_hub(name))
-    hint = f"expected {WAYS}." if is_path else _hint(name)
+    hint = (not is_path and _did_you_mean(name)) or f"expected {WAYS}."
     raise UserError(f"There is no {'file or folder' if is_path else 'model'} {name!r}; {hint}")
 
 
-def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, KNOWN_NAMES, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"expected {WAYS}."
+def _did_you_mean(name: str) -> str:
+    near = [] if name in KNOWN_NAMES else difflib.get_close_matches(name, KNOWN_NAMES, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def fetch_meta(letter: str, with_registers: bool) -> Path:
@@ -131,7 +134,6 @@ def fetch_hub(name: str) -> Path:
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
-    known = name in KNOWN_NAMES
     try:
         config = fetch("config.json") / "config.json"
         if config.exists() and "architecture" not in read_json(config):
@@ -142,7 +144,7 @@ def fetch_hub(name: str) -> Path:
     except (NotFoundError, HFValidationError) as error:
         raise UserError(
             f"{name!r} is no file or folder here, and the Hugging Face hub has no model of that name; "
-            f"{_hint(name)}"
+            f"{_did_you_mean(name) or f'expected {WAYS}.'}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
@@ -152,6 +154,6 @@ def fetch_hub(name: str) -> Path:
         )
         raise UserError(
             f"{name!r} is no file or folder here, is not in {constants.HF_HUB_CACHE}, and {offline}; "
-            f"{advice if known else _hint(name)}"
+            f"{_did_you_mean(name) or advice}"
         ) from error
     return folder
