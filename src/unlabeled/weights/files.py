@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,16 +29,16 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise UserError(f"{path} is damaged or no weight file; fetch or export it anew.") from error
-        reason = re.search(r"(?:GLOBAL|global|class)\s+([\w.]+)", str(error))
-        what = f" ({reason[1]})" if reason else ""
-        raise UserError(
-            f"{path} wants to run code{what}, not only hold weights, so it was not opened; "
-            "save its state dict of plain tensors instead."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    # What a damaged pickle raises depends on the byte it breaks at.
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise UserError(
+                f"{path} wants to run code ({refused[1]}), not only hold weights, so it was not opened; "
+                "save its state dict of plain tensors instead."
+            ) from error
         raise UserError(f"{path} is damaged or no weight file; fetch or export it anew.") from error
     if not isinstance(held, dict):
         raise UserError(f"{path} holds a {type(held).__name__}; expected a dict of weights by name.")

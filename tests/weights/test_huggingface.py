@@ -1,0 +1,210 @@
+"""Against transformers, both ways, on random weights; through from_pretrained and save_pretrained only."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from unlabeled.errors import UserError
+from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.weights.huggingface import load_huggingface, save_huggingface
+from unlabeled.weights.load import load_model
+
+transformers = pytest.importorskip("transformers")
+Make = Callable[..., VisionTransformer]
+
+
+def whole(tokens) -> Tensor:
+    return torch.cat((tokens.cls[:, None], tokens.registers, tokens.patches), dim=1)
+
+
+def assert_same_features(ours: VisionTransformer, theirs, sizes: list[tuple[int, int]]) -> None:
+    torch.manual_seed(1)
+    C, p, depth = ours.config.in_channels, ours.config.patch_size, ours.config.depth
+    for H, W in sizes:
+        images = torch.randn(2, C, H, W)
+        masks = torch.rand(2, (H // p) * (W // p)) < 0.3
+        with torch.no_grad():
+            for mask in (None, masks):
+                out = theirs(
+                    images, bool_masked_pos=mask, output_hidden_states=True, output_attentions=mask is None
+                )
+                tokens = ours(images, mask)
+                assert_near(whole(tokens), out.last_hidden_state)
+                assert_near(tokens.cls, out.pooler_output)
+                if mask is None:
+                    layers = ours.intermediate_layers(images, range(depth), norm=False)
+                    assert_near(ours.embed(images)[0], out.hidden_states[0])
+                    for layer in range(depth):
+                        assert_near(whole(layers[layer]), out.hidden_states[layer + 1])
+                        assert_near(ours.attention(images, layer), out.attentions[layer])
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def sizes_of(config: VitConfig) -> list[tuple[int, int]]:
+    p, side = config.patch_size, config.image_size
+    if side == 518:
+        return [(224, 224), (98, 98), (224, 140), (518, 518)]
+    return [(side, side), (3 * p, 5 * p), (side + 4 * p, side - p)]
+
+
+def test_transformers_reads_ours(config: VitConfig, random_model: Make, tmp_path: Path) -> None:
+    model = random_model(config)
+    assert save_huggingface(model, tmp_path) == []
+    theirs, info = transformers.AutoModel.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    assert type(theirs).__name__ == "Dinov2WithRegistersModel" if config.num_registers else "Dinov2Model"
+    assert_same_features(model, theirs.eval(), sizes_of(config))
+    again = load_model(tmp_path)
+    assert again.config == config and not again.training
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_we_read_theirs(config: VitConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fields = {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_channels,
+        "qkv_bias": config.qkv_bias,
+        "use_swiglu_ffn": config.ffn == "swiglu",
+    }
+    if config.num_registers:
+        theirs = transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(
+                **fields, num_register_tokens=config.num_registers, attn_implementation="eager"
+            )
+        )
+    else:
+        theirs = transformers.Dinov2Model(transformers.Dinov2Config(**fields, attn_implementation="eager"))
+    theirs.eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            is_matrix = parameter.dim() == 2 and "token" not in name
+            parameter.copy_(torch.randn_like(parameter) * (parameter.shape[-1] ** -0.5 if is_matrix else 0.3))
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(str(tmp_path))
+    assert replace(ours.config, layer_scale=config.layer_scale) == config
+    assert_same_features(ours, theirs, sizes_of(config))
+
+
+@pytest.mark.parametrize(
+    ("registers", "interpolation", "exact"),
+    [(0, "antialias", True), (0, "scale", False), (4, "size", False), (4, "antialias", True)],
+)
+def test_other_interpolations(
+    registers: int, interpolation: str, exact: bool, random_model: Make, configs, tmp_path: Path
+) -> None:
+    config = replace(configs["small images"], num_registers=registers, interpolation=interpolation, fit="pad")
+    model = random_model(config)
+    notes = save_huggingface(model, tmp_path)
+    assert bool(notes) is not exact
+    assert load_huggingface(tmp_path).config == config
+    theirs = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert_same_features(model, theirs, [(32, 32), (20, 24)] if exact else [(32, 32)])
+    if not exact:
+        images = torch.randn(1, 3, 20, 24)
+        assert (model(images).cls - theirs(images).pooler_output).abs().max() > 1e-4
+
+
+def test_a_classifier_is_left_out(configs, tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4
+    )
+    theirs = transformers.Dinov2ForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 32, 32)
+    assert_near(load_model(tmp_path)(images).cls, theirs.dinov2(images).pooler_output)
+
+
+def test_half_precision_and_shards_and_pickles(random_model: Make, configs, tmp_path: Path) -> None:
+    model = random_model(configs["small images"])
+    save_huggingface(model, tmp_path)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    shards = load_model(tmp_path / "shards")
+    assert all(torch.equal(shards.state_dict()[k], v) for k, v in model.state_dict().items())
+
+    theirs.half().save_pretrained(tmp_path / "half")
+    half = load_model(tmp_path / "half")
+    assert half.cls_token.dtype == torch.float32
+    assert torch.equal(half.pos_embed, model.pos_embed.half().float())
+
+    from safetensors.torch import load_file
+
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    pickled = load_model(tmp_path)
+    assert all(torch.equal(pickled.state_dict()[k], v) for k, v in model.state_dict().items())
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"no weights; model\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_saving_replaces_whole_files_only(
+    random_model: Make, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (random_model(configs["small images"], seed) for seed in (0, 1))
+    save_huggingface(first, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def disk_full(*args: object, **kwargs: object) -> None:
+        Path(str(args[1])).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unlabeled.weights.huggingface.save_file", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            save_huggingface(second, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_huggingface(second, tmp_path)
+    assert torch.equal(load_model(tmp_path).pos_embed, second.pos_embed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "vit"}, "model_type 'vit'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps"),
+        ({"image_size": [32, 64]}, "only square"),
+        ({"num_hidden_layers": 3}, r"missing: blocks\.2\.norm1\.weight.* and \d+ more"),
+        ({"num_hidden_layers": 1}, r"unexpected: blocks\.1\."),
+        ({"image_size": 64}, r"of the wrong shape: pos_embed \(1, 65, 24\) instead of \(1, 257, 24\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    change: dict[str, object], message: str, random_model: Make, configs, tmp_path: Path
+) -> None:
+    save_huggingface(random_model(configs["small images"]), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_lost_third_of_qkv_is_named(random_model: Make, configs, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_huggingface(random_model(configs["small images"]), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["encoder.layer.1.attention.attention.key.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing: blocks\.1\.attn\.qkv\.weight; unexpected: .*\(query\)"):
+        load_model(tmp_path)

@@ -1,0 +1,185 @@
+"""load_model: what a text can name, and what it says when it names nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from unlabeled.errors import UserError
+from unlabeled.vit import VisionTransformer
+from unlabeled.weights.huggingface import save_huggingface
+from unlabeled.weights.load import META_NAME, TIMM_NAME, load_model
+from unlabeled.weights.meta import save_meta
+from unlabeled.weights.timm import save_timm
+
+Make = Callable[..., VisionTransformer]
+
+
+@pytest.fixture
+def model(random_model: Make, configs) -> VisionTransformer:
+    return random_model(replace(configs["small with registers"], width=64, num_heads=1))
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache and torch hub folder, and no network."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+
+    def no_network(url: str, *args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    return tmp_path
+
+
+def put_into_hub_cache(cache: Path, name: str, write: Callable[[Path], object]) -> None:
+    repository = cache / "hub" / f"models--{name.replace('/', '--')}"
+    commit = "0" * 40
+    write(repository / "snapshots" / commit)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+
+
+def assert_same(a: VisionTransformer, b: VisionTransformer) -> None:
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_run_folder(model: VisionTransformer, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("")
+    with pytest.raises(UserError, match="no model yet"):
+        load_model(tmp_path)
+    save_huggingface(model, tmp_path / "model")
+    assert_same(model, load_model(tmp_path))
+    assert_same(model, load_model(f"{tmp_path}/"))
+    assert_same(model, load_model(tmp_path / "model" / "model.safetensors"))
+
+
+def test_hub_names_come_from_the_cache(model: VisionTransformer, offline: Path) -> None:
+    put_into_hub_cache(offline, "someone/their-dinov2", lambda folder: save_huggingface(model, folder))
+    assert_same(model, load_model("someone/their-dinov2"))
+
+
+def test_timm_names_come_from_the_cache(model: VisionTransformer, offline: Path) -> None:
+    def write(folder: Path) -> None:
+        save_timm(model, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"architecture": "vit_small_patch14_reg4_dinov2"}))
+
+    put_into_hub_cache(offline, "timm/vit_small_patch14_reg4_dinov2.lvd142m", write)
+    for name in ("timm/vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2"):
+        assert torch.equal(load_model(name).register_tokens, model.register_tokens)
+
+
+def test_meta_names_come_from_the_torch_hub_folder(
+    model: VisionTransformer, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(url: str, path: str) -> None:
+        asked.append(url)
+        save_meta(model, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert_same(model, load_model("dinov2_vits14_reg"))
+    load_model("dinov2_vitg14")
+    base = "https://dl.fbaipublicfiles.com/dinov2"
+    assert asked == [
+        f"{base}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+        f"{base}/dinov2_vitg14/dinov2_vitg14_pretrain.pth",
+    ]
+
+
+def test_offline_says_what_to_fetch_and_where_to_put_it(offline: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"HF_HUB_OFFLINE is set; fetch https://huggingface\.co/facebook/dino"
+    ):
+        load_model("facebook/dinov2-small")
+    with pytest.raises(UserError, match=r"dinov2_vitb14_pretrain\.pth .*put it at .*torch.checkpoints"):
+        load_model("dinov2_vitb14")
+    with pytest.raises(UserError, match="did you mean facebook/dinov2-small"):
+        load_model("facebook/dinov2-smal")
+
+
+def test_another_kind_of_model_is_refused_before_its_weights_are_fetched(offline: Path) -> None:
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+    put_into_hub_cache(offline, "someone/huge", write)
+    with pytest.raises(UserError, match="model_type 'llama'"):
+        load_model("someone/huge")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dinov2_vitz14", "did you mean dinov2_vit"),
+        ("dinov2-small", "did you mean facebook/dinov2-small"),
+        ("dinov2_vits14_reg4_pretrain.pth", "no file or folder 'dinov2_vits14_reg4_pretrain.pth'"),
+        ("./nowhere", "no file or folder"),
+        ("a/b/c", "expected a run folder"),
+        ("", "expected a run folder|holds no model"),
+    ],
+)
+def test_unknown_text(text: str, message: str, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(offline)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(text)
+    assert "\n" not in str(caught.value)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (shutil.rmtree, ("/nowhere/at/all",))
+
+
+def test_files_that_are_no_weights(model: VisionTransformer, tmp_path: Path) -> None:
+    def message(name: str) -> str:
+        with pytest.raises(UserError) as caught:
+            load_model(tmp_path / name)
+        assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+        return str(caught.value)
+
+    torch.save({"weights": Payload()}, tmp_path / "evil.pth")
+    assert "wants to run code (shutil.rmtree)" in message("evil.pth")
+    save_meta(model, tmp_path / "whole.pth")
+    save_timm(model, tmp_path / "whole.safetensors")
+    for suffix in ("pth", "safetensors"):
+        cut = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(cut[: len(cut) // 2])
+        assert "damaged" in message(f"cut.{suffix}")
+        (tmp_path / f"empty.{suffix}").write_bytes(b"")
+        assert "damaged" in message(f"empty.{suffix}")
+        (tmp_path / f"text.{suffix}").write_text("not found\n")
+        assert "damaged" in message(f"text.{suffix}")
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    assert "no weight file" in message("photo.jpg")
+    torch.save(torch.ones(3), tmp_path / "tensor.pth")
+    assert "holds a Tensor" in message("tensor.pth")
+    torch.save({"model": {"a": torch.ones(3)}, "epoch": 3}, tmp_path / "other.pth")
+    assert "no DINOv2 backbone" in message("other.pth")
+    (tmp_path / "folder").mkdir()
+    assert "holds no model" in message("folder")
+    save_huggingface(model, tmp_path / "alone")
+    (tmp_path / "alone" / "config.json").unlink()
+    assert "config.json beside it" in message("alone/model.safetensors")
+    (tmp_path / "alone" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no valid JSON"):
+        load_model(tmp_path / "alone")
+
+
+def test_names() -> None:
+    assert META_NAME.fullmatch("dinov2_vitl14_reg") and not META_NAME.fullmatch("dinov2_vitl14_lc")
+    assert TIMM_NAME.fullmatch("timm/vit_giant_patch14_reg4_dinov2.lvd142m")
+
+
+def test_device(model: VisionTransformer, tmp_path: Path) -> None:
+    save_huggingface(model, tmp_path)
+    assert load_model(tmp_path, device="meta").cls_token.device.type == "meta"
