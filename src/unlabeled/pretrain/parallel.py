@@ -66,6 +66,9 @@ class Parallel:
         chosen = choose_device(device)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+        if chosen.type == "cpu":
+            # Behind a LayerScale of 1e-5 the first gradients are denormal numbers, which CPUs are slow at.
+            torch.set_flush_denormal(True)
         if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
             return Parallel(chosen)
         if not dist.is_initialized():

@@ -1,0 +1,1 @@
+"""How good are the features: the papers' protocols, and figures that need no labels."""
