@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from unlabeled.errors import UserError
+from unlabeled.lean import gelu_linear, packed_attention
 
 # name: (width, depth, num_heads, ffn)
 SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"]]] = {
@@ -26,8 +27,6 @@ SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"]]] = {
 LAYER_NORM_EPS = 1e-6
 # Above this rate drop path runs the residual branch on a part of the batch only.
 SUBSET_DROP_PATH = 0.1
-# Up to this many tokens attention on a CPU in bfloat16 holds its T x T weights whole.
-PLAIN_ATTENTION = 1500
 
 
 @dataclass(frozen=True)
@@ -110,36 +109,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
-    def heads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each (B, heads, T, D / heads)."""
+    def packed(self, x_BTD: Tensor) -> Tensor:
+        """Return queries, keys and values, (B, T, 3, heads, D / heads)."""
         B, T, _ = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        return query, key, value
+        qkv: Tensor = self.qkv(x_BTD)
+        return qkv.view(B, T, 3, self.num_heads, -1)
 
     def forward(self, x_BTD: Tensor, gamma_D: Tensor) -> Tensor:
         """Return the mixed tokens, scaled by gamma."""
-        mixed = attend(*self.heads(x_BTD))
-        return scaled_linear(self.proj, gamma_D, mixed.transpose(1, 2).flatten(2))
+        qkv = self.packed(x_BTD)
+        if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
+            # torch's fused kernel takes 2 to 3 times as long there, and 5 times for small crops' gradient.
+            mixed = packed_attention(qkv)
+        else:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return scaled_linear(self.proj, gamma_D, mixed)
 
     def weights(self, x_BTD: Tensor) -> Tensor:
         """Return the softmax weights (B, heads, T, T), rows sum to 1."""
-        query, key, _ = self.heads(x_BTD)
+        query, key, _ = self.packed(x_BTD).permute(2, 0, 3, 1, 4).unbind(0)
         logits: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return softmax(query key^T / sqrt(head width)) value, each (B, heads, T, head width)."""
-    plain = (
-        query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= PLAIN_ATTENTION
-    )
-    if plain:
-        # torch's fused kernel is 2 (forward) and 3 to 5 (with gradient) times slower here.
-        weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        mixed: Tensor = weights.softmax(dim=-1) @ value
-        return mixed
-    return functional.scaled_dot_product_attention(query, key, value)
 
 
 class Mlp(nn.Module):
@@ -152,7 +143,7 @@ class Mlp(nn.Module):
 
     def forward(self, x_BTD: Tensor, gamma_D: Tensor) -> Tensor:
         """Return the transformed tokens, scaled by gamma."""
-        return scaled_linear(self.fc2, gamma_D, functional.gelu(self.fc1(x_BTD)))
+        return gelu_linear(self.fc1(x_BTD), gamma_D[:, None] * self.fc2.weight, gamma_D * self.fc2.bias)
 
 
 class SwiGlu(nn.Module):
