@@ -17,7 +17,6 @@ from unlabeled.vit import (
     VisionTransformer,
     VitConfig,
     add_to_subset,
-    attend,
     fit_to_patches,
     per_sample_drop,
     vit_config,
@@ -157,15 +156,6 @@ def test_autocast_is_near_float32(layer_scale: float) -> None:
     assert near.cls.dtype == torch.float32 and weights.dtype == torch.float32
     torch.testing.assert_close(near.patches, exact.patches, atol=0.08, rtol=0)
     torch.testing.assert_close(weights, model.attention(images), atol=0.02, rtol=0)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 70), st.integers(1, 16))
-def test_plain_attention_is_the_fused_one(B: int, heads: int, T: int, width: int) -> None:
-    generator = torch.Generator().manual_seed(B + T)
-    query, key, value = torch.randn(3, B, heads, T, width, generator=generator)
-    near = attend(query.bfloat16(), key.bfloat16(), value.bfloat16())
-    torch.testing.assert_close(near.float(), attend(query, key, value), atol=0.06, rtol=0.05)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -350,9 +340,9 @@ def test_drop_path_keeps_the_expectation_of_one_block() -> None:
         exact = block.eval()(x)
         block.train()
         with torch.no_grad():
-            samples = torch.stack([block(x) for _ in range(1500)])
+            samples = torch.stack([block(x) for _ in range(500)])
         error = (samples.mean(0) - exact).abs()
-        assert (error < 6 * samples.std(0) / math.sqrt(1500) + 1e-6).all()
+        assert (error < 6 * samples.std(0) / math.sqrt(500) + 1e-6).all()
 
 
 # Intermediate layers, attention, checkpointing, compiling

@@ -18,9 +18,11 @@ WEIGHTS_AT_ONCE = 2**19
 def gelu_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return gelu(hidden) weight^T + bias; the output of GELU, as large as its input, is not kept.
 
-    hidden: (..., K). weight: (D, K). bias: (D,). All of one dtype under no autocast; else hidden's is taken.
+    hidden: (..., K). weight: (D, K). bias: (D,). The product is in hidden's dtype.
     """
-    return cast(Tensor, _GeluLinear.apply(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)))
+    weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
+    out = _GeluLinear.apply(hidden, weight, bias)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
 
 
 class _GeluLinear(Function):
@@ -30,7 +32,7 @@ class _GeluLinear(Function):
         return functional.linear(functional.gelu(hidden), weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
@@ -44,14 +46,14 @@ def packed_attention(qkv_BT3Hd: Tensor) -> Tensor:
 
     qkv: (B, T, 3, H, d). Neither pass holds the T x T weights of the whole batch.
     """
-    return cast(Tensor, _PackedAttention.apply(qkv_BT3Hd))
+    return cast(Tensor, _PackedAttention.apply(qkv_BT3Hd))  # type: ignore[no-untyped-call]
 
 
 class _PackedAttention(Function):
     @staticmethod
     def forward(ctx: Any, qkv_BT3Hd: Tensor) -> Tensor:
         B, T, _, H, d = qkv_BT3Hd.shape
-        packed_3BHTd = qkv_BT3Hd.permute(2, 0, 3, 1, 4).contiguous()
+        packed_3BHTd = qkv_BT3Hd.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
         query, key, value = packed_3BHTd
         query.mul_(d**-0.5)
         mixed_BHTd = torch.empty_like(value)
@@ -62,12 +64,12 @@ class _PackedAttention(Function):
         return mixed_BHTd.transpose(1, 2).reshape(B, T, H * d)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> Tensor:
         (packed_3BHTd,) = ctx.saved_tensors
         query, key, value = packed_3BHTd
         B, H, T, d = query.shape
-        grad_BHTd = grad_BTD.view(B, T, H, d).transpose(1, 2).contiguous()
+        grad_BHTd = grad_BTD.reshape(B, T, H, d).transpose(1, 2).contiguous()
         out_3BHTd = torch.empty_like(packed_3BHTd)
         for part in _parts(B, H, T):
             weights = (query[part] @ key[part].mT).softmax(dim=-1)
