@@ -13,13 +13,34 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 SUPPORTED = "Supported: JPEG, PNG, WebP, GIF (first frame), TIFF, BMP."
 MAX_PIXELS = 178_956_970  # width x height; more is refused from the header (Pillow's own limit for a bomb)
 MIN_SIDE = 2  # pixels
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM")
+# Pillow knows a format once its plugin is imported.
+_PLUGINS = (
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 
 
 class BadImage(Exception):  # noqa: N818  (a fact about a file, met every day)
@@ -43,11 +64,8 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """
     if not data:
         raise BadImage("empty file")
-    if data[:3] == b"\xff\xd8\xff":
-        pixels = _decode_jpeg(data)
-        if pixels is not None:
-            return pixels
-    return _decode_pillow(data)
+    common = _decode_jpeg(data) if data[:3] == b"\xff\xd8\xff" else _decode_png(data)
+    return _decode_pillow(data) if common is None else common
 
 
 def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
@@ -57,6 +75,18 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     if size is None or b"\xff\xd9" not in data[-4096:]:
         return None
     _check_size(*size)
+    pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return pixels if pixels is None else np.ascontiguousarray(pixels)
+
+
+def _decode_png(data: bytes) -> NDArray[np.uint8] | None:
+    """8-bit grey or RGB without transparency or orientation, by libpng; None where Pillow should look."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or b"IEND" not in data[-64:]:
+        return None
+    depth, kind = data[24], data[25]
+    if depth != 8 or kind not in (0, 2) or b"tRNS" in data[:4096] or b"eXIf" in data[:4096]:
+        return None
+    _check_size(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"))
     pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     return pixels if pixels is None else np.ascontiguousarray(pixels)
 
