@@ -11,7 +11,7 @@ from unlabeled.images.sources import Source
 
 
 class BadFiles:
-    """bad_files.jsonl: {"key": ..., "reason": ...}, each key once, also when a run is resumed.
+    """bad_files.jsonl: {"key": ..., "reason": ...}, each key once, also when a run is resumed or has several ranks.
 
     The file is made with the first bad file.
     """
@@ -19,12 +19,8 @@ class BadFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.keys: set[str] = set()
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self.keys.add(json.loads(line)["key"])
-                except (json.JSONDecodeError, KeyError):  # a line cut by a crash
-                    continue
+        self._read_to = 0
+        self._catch_up()
 
     @property
     def count(self) -> int:
@@ -33,10 +29,32 @@ class BadFiles:
 
     def add(self, key: str, reason: str) -> None:
         """Note a file, unless it is noted already."""
+        if key in self.keys:
+            return
+        # Another rank may have met it since.
+        unfinished = self._catch_up()
         if key not in self.keys:
             self.keys.add(key)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "reason": reason}) + "\n")
+            line = json.dumps({"key": key, "reason": reason}) + "\n"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write((b"\n" if unfinished else b"") + line.encode())
+
+    def _catch_up(self) -> bool:
+        """Read the lines that are new in the file; whether the last one is unfinished."""
+        if not self.path.exists():
+            return False
+        with self.path.open("rb") as file:
+            file.seek(self._read_to)
+            new = file.read()
+        whole = new.rfind(b"\n") + 1
+        self._read_to += whole
+        for line in new[:whole].splitlines():
+            try:
+                self.keys.add(json.loads(line)["key"])
+            except (ValueError, KeyError, TypeError):  # a line cut by a crash
+                continue
+        return whole < len(new)
 
 
 def first_readable(source: Source, limit: int = 10_000) -> int:
@@ -48,11 +66,15 @@ def first_readable(source: Source, limit: int = 10_000) -> int:
     first = ""
     tried = min(limit, len(source))
     for index in range(tried):
+        key = f"image {index}"
         try:
             sample = source.read(index)
+            key = sample.key
             decode(sample.data)
         except (BadImage, OSError) as error:
-            first = first or f"{index if isinstance(error, OSError) else sample.key}: {error}"
+            first = first or f"{key}: {error}"
         else:
             return index
-    raise UserError(f"{source.name} holds no image that can be read ({tried} tried; first {first}). {SUPPORTED}")
+    raise UserError(
+        f"{source.name} holds no image that can be read ({tried} files tried; first: {first}). {SUPPORTED}"
+    )

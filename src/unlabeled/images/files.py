@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import csv
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,78 +13,104 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unlabeled.errors import UserError
-from unlabeled.images.sources import IMAGE_SUFFIXES, Sample
+from unlabeled.images.sources import IMAGE_SUFFIXES, Sample, number_classes, printable
+
+_RUN = 64  # paths compressed together: one is found by unpacking a run, in some 10 microseconds
+
+
+class PathTable:
+    """Many paths in little memory: sorted paths share their beginnings, so runs of them are held compressed.
+
+    3 to 10 bytes a path where names are numbered, about 40 where they are hashes of 64 digits.
+
+    Args:
+        paths: in the order of the table.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        blob, ends, run, count = bytearray(), array.array("q"), list[bytes](), 0
+        for path in paths:
+            run.append(os.fsencode(path))
+            count += 1
+            if len(run) == _RUN:
+                blob += zlib.compress(b"\0".join(run), 1)
+                ends.append(len(blob))
+                run.clear()
+        blob += zlib.compress(b"\0".join(run), 1)
+        ends.append(len(blob))
+        self.count = count
+        self.blob: NDArray[np.uint8] = np.frombuffer(bytes(blob), np.uint8)
+        self.ends: NDArray[np.int64] = np.frombuffer(ends, np.int64)
+        self._last: tuple[int, list[bytes]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Number of paths."""
+        return self.count
+
+    def __getitem__(self, index: int) -> str:
+        """The path."""
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        run, within = divmod(index, _RUN)
+        number, paths = self._last
+        if number != run:
+            first = self.ends[run - 1] if run else 0
+            paths = zlib.decompress(self.blob[first : self.ends[run]].tobytes()).split(b"\0")
+            self._last = (run, paths)
+        return os.fsdecode(paths[within])
 
 
 class FileSource:
-    """Files, held as one run of name bytes, an end offset and a folder number each: 12 bytes and the name.
+    """Files, their paths in a PathTable, their labels (where there are any) in 4 bytes each.
 
     Args:
         name: what the user called it.
-        root: what keys are relative to.
-        entries: (folder, file name, class name or None) in the order of the source.
+        root: what paths are relative to.
+        entries: (path, class name or None) in the order of the source.
+        min_classes: fewer classes than this are no labels.
     """
 
     block_starts: NDArray[np.int64] | None = None
+    window: int | None = None
 
-    def __init__(self, name: str, root: Path, entries: Iterable[tuple[str, str, str | None]]) -> None:
-        self.name, self.root = name, str(root)
-        folders: dict[str, int] = {}
+    def __init__(
+        self, name: str, root: str, entries: Iterable[tuple[str, str | None]], min_classes: int = 1
+    ) -> None:
+        self.name, self.root = name, root
         classes: dict[str | None, int] = {}
-        names, ends = bytearray(), _Growing(np.int64)
-        folder_of, class_of = _Growing(np.int32), _Growing(np.int32)
-        for folder, file_name, class_name in entries:
-            names += os.fsencode(file_name)
-            ends.append(len(names))
-            folder_of.append(folders.setdefault(folder, len(folders)))
-            class_of.append(classes.setdefault(class_name, len(classes)))
-        self.names = np.frombuffer(bytes(names), np.uint8)
-        self.ends, self.folder_of, classes_seen = ends.array(), folder_of.array(), class_of.array()
-        self.folders = list(folders)
+        seen = array.array("i")
+
+        def paths() -> Iterator[str]:
+            for path, class_name in entries:
+                seen.append(classes.setdefault(class_name, len(classes)))
+                yield path
+
+        self.paths = PathTable(paths())
         self.class_names: list[str] | None = None
         self._labels: NDArray[np.int32] | None = None
         known = [class_name for class_name in classes if class_name is not None]
-        if len(known) >= 2 and len(known) == len(classes):
-            self.class_names = sorted(known)
-            rank = {class_name: number for number, class_name in enumerate(self.class_names)}
-            self._labels = np.array([rank[str(class_name)] for class_name in classes], np.int32)[classes_seen]
+        if len(known) == len(classes) >= min_classes:
+            self.class_names, numbers = number_classes(known)
+            self._labels = np.array(numbers, np.int32)[np.frombuffer(seen, np.int32)]
 
     def __len__(self) -> int:
         """Number of files."""
-        return len(self.ends)
+        return len(self.paths)
 
     def path(self, index: int) -> str:
         """Where the file is."""
-        first = self.ends[index - 1] if index else 0
-        file_name = os.fsdecode(self.names[first : self.ends[index]].tobytes())
-        return os.path.join(self.folders[self.folder_of[index]], file_name)  # noqa: PTH118  (no Path per read)
+        return os.path.join(self.root, self.paths[index])  # noqa: PTH118  (no Path per read)
 
     def read(self, index: int) -> Sample:
-        """The file's bytes; its key is its path below the source's folder."""
-        path = self.path(index)
-        with open(path, "rb") as file:  # noqa: PTH123
+        """The file's bytes; its key is its path below the folder, or as the list has it."""
+        key = self.paths[index]
+        with open(os.path.join(self.root, key), "rb") as file:  # noqa: PTH118, PTH123
             data = file.read()
-        return Sample(data, os.path.relpath(path, self.root), None if self._labels is None else int(self._labels[index]))
+        return Sample(data, printable(key), None if self._labels is None else int(self._labels[index]))
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Numbers of the top-level folders, where every file lies in one and there are at least two."""
+        """Of a folder: numbers of its own folders, where every file lies in one and there are at least two."""
         return None if self._labels is None else self._labels.astype(np.int64)
-
-
-class _Growing:
-    """An array that is appended to."""
-
-    def __init__(self, dtype: type[np.generic]) -> None:
-        self.values, self.count = np.empty(1024, dtype), 0
-
-    def append(self, value: int) -> None:
-        if self.count == len(self.values):
-            self.values = np.resize(self.values, 2 * self.count)
-        self.values[self.count] = value
-        self.count += 1
-
-    def array(self) -> NDArray[np.int64]:
-        return self.values[: self.count].copy()
 
 
 def open_folder(name: str, folder: Path) -> FileSource:
@@ -91,66 +119,97 @@ def open_folder(name: str, folder: Path) -> FileSource:
     Raises:
         UserError: there is none.
     """
-    source = FileSource(name, folder, _walk(str(folder), None, str(folder)))
+    root = os.path.abspath(folder)  # noqa: PTH100  (workers may run elsewhere; links stay as they are)
+    source = FileSource(name, root, _walk(root, "", None, ()), min_classes=2)
     if not len(source):
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{name} holds no image file (of {suffixes}), no .tar and no .parquet")
     return source
 
 
-def _walk(folder: str, class_name: str | None, root: str) -> Iterator[tuple[str, str, str | None]]:
+def _walk(
+    root: str, below: str, class_name: str | None, above: tuple[str, ...]
+) -> Iterator[tuple[str, str | None]]:
+    folder = f"{root}/{below}"
     try:
         with os.scandir(folder) as found:
-            entries = sorted((entry.name, entry.is_dir()) for entry in found if not entry.name.startswith("."))
-    except PermissionError:
+            entries = sorted(
+                (entry.name, entry.is_dir(), entry.is_symlink())
+                for entry in found
+                if not entry.name.startswith(".") and (_is_image(entry.name) or entry.is_dir())
+            )
+    except OSError:  # what may not be listed is not ours
         return
-    for name, is_folder in entries:
-        if is_folder:
-            yield from _walk(f"{folder}/{name}", name if folder == root else class_name, root)
-        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
-            yield folder, name, class_name
+    own = (*above, os.path.realpath(folder)) if any(is_link for _, _, is_link in entries) or above else above
+    for name, is_folder, is_link in entries:
+        path = f"{below}{name}"
+        if not is_folder:
+            yield path, class_name
+        elif not (is_link and _encloses(f"{root}/{path}", folder)):
+            yield from _walk(root, f"{path}/", class_name if below else name, own)
+
+
+def _encloses(link: str, folder: str) -> bool:
+    """Whether a link leads to a folder that it lies in, where a walk would not end."""
+    target, here = os.path.realpath(link), os.path.realpath(folder)
+    return here == target or here.startswith(target.rstrip("/") + "/")
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 
 def open_list(name: str, path: Path | None, paths: list[str] | None = None) -> FileSource:
     """The files a list names: one path a line, or a CSV with a path column and perhaps a label column.
 
-    Paths are relative to the list's folder, or else to the working folder.
+    Paths are relative to the list's folder, or else to the working folder, whichever has the first.
 
     Raises:
-        UserError: the list names no file, or none that exists.
+        UserError: the list names no file, or its first does not exist.
     """
-    rows = _rows(path) if path else ((text, None) for text in paths or [])
-    base = path.parent if path else Path()
-    entries = FileSource(name, Path(os.path.abspath(base)), _located(rows, base))
-    if not len(entries):
+    rows = iter(_rows(path) if path else ((text, None) for text in paths or []))
+    first = next(rows, None)
+    if first is None:
         raise UserError(f"{name} lists no image")
-    if not os.path.exists(entries.path(0)):  # noqa: PTH110
-        raise UserError(f"{name} lists {entries.path(0)} first, which does not exist; paths are relative to the list")
-    return entries
+    bases = [os.path.abspath(base) for base in ((path.parent, Path()) if path else (Path(),))]  # noqa: PTH100
+    root = next((base for base in bases if os.path.exists(os.path.join(base, first[0]))), None)  # noqa: PTH110, PTH118
+    if root is None:
+        raise UserError(
+            f"{name} lists {printable(first[0])} first, which does not exist in {' or '.join(dict.fromkeys(bases))}; "
+            "paths are relative to the list's folder or to the working folder"
+        )
 
+    def entries() -> Iterator[tuple[str, str | None]]:
+        yield first
+        yield from rows
 
-def _located(rows: Iterable[tuple[str, str | None]], base: Path) -> Iterator[tuple[str, str, str | None]]:
-    start = ""
-    for text, label in rows:
-        if not start and not os.path.isabs(text):  # noqa: PTH117
-            beside = (base / text).exists() or not Path(text).exists()
-            start = os.path.abspath(base) if beside else os.getcwd()  # noqa: PTH100, PTH109
-        folder, file_name = os.path.split(os.path.join(start, text))  # noqa: PTH118
-        yield folder, file_name, label
+    return FileSource(name, root, entries())
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".txt" or path.suffix == ".lst":
+    # Names need not be UTF-8: what is not goes through unchanged.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if path.suffix.lower() in (".txt", ".lst"):
             for line in file:
                 if text := line.strip():
                     yield text, None
             return
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        columns = reader.fieldnames or []
-        column = next((c for c in columns if c.lower() in ("path", "file", "filename", "image", "file_name")), None)
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        columns = list(reader.fieldnames or [])
+        column = _first(
+            columns, ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
+        )
         if column is None:
-            raise UserError(f"{path} has no column path (or file, filename, image); it has {', '.join(columns)}")
-        label = next((c for c in columns if c.lower() in ("label", "class", "target")), None)
+            raise UserError(
+                f"{path} has no column path (or file, filename, image); it has {', '.join(columns)}"
+            )
+        label = _first(columns, ("label", "class", "target", "fine_label", "class_name"))
         for row in reader:
-            yield row[column], row[label] if label else None
+            if text := (row[column] or "").strip():
+                yield text, (row[label] or None) if label else None
+
+
+def _first(columns: list[str], names: tuple[str, ...]) -> str | None:
+    """The column whose name comes first among `names`, in any case."""
+    by_name = {column.strip().lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in names if name in by_name), None)

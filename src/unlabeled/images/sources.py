@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from unlabeled.errors import UserError
 
+MAX_CLASSES = 1_000_000  # numbers up to this are labels as they are; beyond, they are names
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"))
 
 
@@ -35,11 +37,14 @@ class Source(Protocol):
         class_names: of the labels, or None.
         block_starts: int64, starts of the runs that are cheap to read together (shards, row groups); None where any
             order is equally cheap.
+        window: how many images in a row of blocks can be read in any order without reading a block twice; None where
+            that does not matter.
     """
 
     name: str
     class_names: list[str] | None
     block_starts: NDArray[np.int64] | None
+    window: int | None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -55,6 +60,26 @@ class Source(Protocol):
         """All labels, without reading an image; None if the source has none."""
 
 
+def number_classes(texts: list[str]) -> tuple[list[str], list[int]]:
+    """Class names, and the number of each distinct text among them.
+
+    Texts that are all numbers keep them, so that they mean the same in a source with other classes; others are
+    numbered in sorted order.
+    """
+    if all(text.isascii() and text.isdigit() and str(int(text)) == text for text in texts):
+        numbers = [int(text) for text in texts]
+        if max(numbers, default=0) < MAX_CLASSES:
+            return [str(number) for number in range(max(numbers, default=-1) + 1)], numbers
+    names = sorted(texts)
+    rank = {name: number for number, name in enumerate(names)}
+    return names, [rank[text] for text in texts]
+
+
+def printable(name: str) -> str:
+    """A file name as text, with bytes that are no UTF-8 escaped."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def open_source(data: str | Path) -> Source:
     """Open DATA.
 
@@ -66,50 +91,87 @@ def open_source(data: str | Path) -> Source:
         UserError: nothing is there, or nothing of a kind that is read.
     """
     from unlabeled.images.files import open_folder, open_list
-    from unlabeled.images.parquet import ParquetSource, open_hugging_face
-    from unlabeled.images.tar import TarSource
 
     text = str(data)
     if text.startswith("hf:"):
+        from unlabeled.images.hugging_face import open_hugging_face
+
         return open_hugging_face(text)
     path = Path(text).expanduser()
     if path.is_dir():
-        children = sorted(child for child in path.iterdir() if child.suffix in (".tar", ".parquet"))
-        for suffix, kind in ((".tar", TarSource), (".parquet", ParquetSource)):
-            if files := [child for child in children if child.suffix == suffix]:
-                return kind(text, files)
-        return open_folder(text, path)
+        return _shards(text, _shards_in(path)) or open_folder(text, path)
     files = [path] if path.is_file() else _expanded(str(path))
     if not files:
         raise UserError(_missing(path))
+    if shards := _shards(text, files):
+        return shards
     suffixes = {file.suffix.lower() for file in files}
-    if suffixes == {".tar"}:
-        return TarSource(text, files)
-    if suffixes == {".parquet"}:
-        return ParquetSource(text, files)
     if len(files) == 1 and suffixes <= {".txt", ".csv", ".tsv", ".lst"}:
         return open_list(text, files[0])
     if suffixes <= IMAGE_SUFFIXES:
         return open_list(text, None, [str(file) for file in files])
+    kinds = ", ".join(sorted(suffix or "no suffix" for suffix in suffixes))
     raise UserError(
-        f"{text} is of no kind that is read ({', '.join(sorted(suffixes))}): "
+        f"{text} is of no kind that is read ({kinds}): "
         "a folder of images, .tar shards, .parquet, a .txt or .csv list, or hf:NAME is"
     )
 
 
+def _shards(text: str, files: list[Path]) -> Source | None:
+    """A source of files that are all tar shards or all Parquet; None of others."""
+    suffixes = {file.suffix.lower() for file in files}
+    if suffixes == {".tar"}:
+        from unlabeled.images.tar import TarSource
+
+        return TarSource(text, files)
+    if suffixes == {".parquet"}:
+        from unlabeled.images.parquet import ParquetSource
+
+        return ParquetSource(text, files)
+    return None
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The tar shards of a folder, or else its Parquet files."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith((".tar", ".parquet")) and not entry.name.startswith(".")
+            )
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror or error}") from error
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    return [folder / name for name in tars or names]
+
+
 def _expanded(pattern: str) -> list[Path]:
-    """Files of a glob, with shell ranges like {000..012}, in sorted order."""
+    """Files of a glob, with shell ranges like {000..012}, in sorted order.
+
+    Raises:
+        UserError: a file of a range is missing.
+    """
     if found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = found[1], found[2]
-        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        return [
-            file for number in numbers for file in _expanded(pattern[: found.start()] + number + pattern[found.end() :])
-        ]
-    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+        files = []
+        for number in range(int(first), int(last) + 1):
+            one = pattern[: found.start()] + str(number).zfill(len(first)) + pattern[found.end() :]
+            if not (matches := _expanded(one)):
+                raise UserError(f"{one} of {pattern} does not exist")
+            files += matches
+        return files
+    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]  # noqa: PTH113
 
 
 def _missing(path: Path) -> str:
+    if glob.has_magic(str(path)):
+        return f"no file matches {path}"
     parent = path.parent
-    near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], 1) if parent.is_dir() else []
-    hint = f"; did you mean {parent / near[0]}?" if near else f"; the folder {parent} does not exist"
-    return f"there is nothing at {path}" + (hint if near or not parent.is_dir() else "")
+    if not parent.is_dir():
+        return f"there is nothing at {path}: the folder {parent} does not exist"
+    try:
+        near = difflib.get_close_matches(path.name, os.listdir(parent), 1)  # noqa: PTH208
+    except OSError:
+        near = []
+    return f"there is nothing at {path}" + (f"; did you mean {parent / near[0]}?" if near else "")

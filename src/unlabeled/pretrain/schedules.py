@@ -21,8 +21,8 @@ class StepValues(NamedTuple):
 
 def cosine(step: int, total: int, start: float, end: float) -> float:
     """Half a cosine from `start` at step 0 to `end` at step total - 1 (and beyond)."""
-    share = min(1.0, step / max(1, total - 1))
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total - 1))))
+    return share * start + (1 - share) * end
 
 
 def linear_warmup(step: int, warmup: int, start: float, end: float) -> float:

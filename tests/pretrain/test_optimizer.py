@@ -1,0 +1,94 @@
+"""Parameter groups, clipping, EMA."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from unlabeled.pretrain.head import ProjectionHead
+from unlabeled.pretrain.method import SelfDistillation
+from unlabeled.pretrain.optimizer import apply_schedule, clip_gradients, parameter_groups, update_teacher
+from unlabeled.pretrain.recipe import named_recipe, override
+
+TINY = {"model.depth": 3, "model.width": 24, "model.num_heads": 2, "head.num_prototypes": 8, "head.hidden": 16}
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_every_parameter_is_in_one_group_with_the_right_multipliers(registers: int) -> None:
+    recipe = override(named_recipe("tiny"), TINY | {"model.num_registers": registers, "head.shared": False}, "test")
+    student = SelfDistillation(recipe).student
+    groups = parameter_groups(student, 3, 0.9, 0.2)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    seen: dict[str, dict[str, float]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in seen
+            seen[names[id(parameter)]] = group
+    assert set(seen) == set(names.values())
+    rate = {name: group["lr_multiplier"] for name, group in seen.items()}
+    assert rate["backbone.cls_token"] == rate["backbone.pos_embed"] == pytest.approx(0.9**4)
+    assert rate["backbone.patch_embed.proj.weight"] == pytest.approx(0.9**4 * 0.2)
+    assert rate["backbone.blocks.0.attn.qkv.weight"] == pytest.approx(0.9**3)
+    assert rate["backbone.blocks.2.mlp.fc1.bias"] == pytest.approx(0.9)
+    assert rate["backbone.norm.weight"] == rate["dino_head.mlp.0.weight"] == rate["ibot_head.mlp.2.bias"] == 1
+    if registers:
+        assert rate["backbone.register_tokens"] == pytest.approx(0.9**4)
+    for name, group in seen.items():
+        exempt = name.endswith(".bias") or "norm" in name or ".gamma" in name
+        assert group["weight_decay_multiplier"] == (0 if exempt else 1), name
+        assert group["is_last_layer"] == ("last_layer" in name)
+
+
+def test_schedule_reaches_every_group() -> None:
+    student = nn.ModuleDict({"dino_head": ProjectionHead(4, 6, 3, 8)})
+    optimizer = torch.optim.AdamW(parameter_groups(student, 0, 0.9, 0.2))
+    apply_schedule(optimizer, 0.5, 0.25, 0.0)
+    for group in optimizer.param_groups:
+        assert group["lr"] == (0 if group["is_last_layer"] else 0.5)
+        assert group["weight_decay"] == 0.25 * group["weight_decay_multiplier"]
+
+
+def test_each_submodule_is_clipped_by_itself() -> None:
+    parts = {"large": nn.Linear(3, 3), "small": nn.Linear(3, 3)}
+    for name, scale in (("large", 100.0), ("small", 0.01)):
+        for parameter in parts[name].parameters():
+            parameter.grad = torch.full_like(parameter, scale)
+    norms = clip_gradients(parts, 3.0)
+    assert float(norms["large"]) == pytest.approx(100 * math.sqrt(12))
+    assert float(norms["small"]) == pytest.approx(0.01 * math.sqrt(12))
+    total = math.sqrt(sum(float(p.grad.square().sum()) for p in parts["large"].parameters() if p.grad is not None))
+    assert total == pytest.approx(3.0, rel=1e-4)
+    assert all(bool((p.grad == 0.01).all()) for p in parts["small"].parameters() if p.grad is not None)
+
+
+def test_teacher_is_an_exponential_moving_average() -> None:
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    expected = [0.9 * t.detach().double() + 0.1 * s.detach().double() for t, s in
+                zip(teacher.parameters(), student.parameters(), strict=True)]  # fmt: skip
+    update_teacher(teacher, student, 0.9)
+    for found, value in zip(teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=1e-7)
+
+
+def test_head_is_the_plain_formula() -> None:
+    torch.manual_seed(0)
+    head = ProjectionHead(5, 7, 3, 11)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 5)
+    hidden = x.double()
+    layers = [layer for layer in head.mlp if isinstance(layer, nn.Linear)]
+    for index, layer in enumerate(layers):
+        hidden = hidden @ layer.weight.double().T + layer.bias.double()
+        if index < 2:
+            hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    hidden = hidden / hidden.square().sum(1, keepdim=True).sqrt()
+    weight = head.last_layer.weight_v.double()
+    weight = weight / weight.square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(head(x).double(), hidden @ weight.T, rtol=1e-5, atol=1e-6)
+    assert set(head.state_dict()) == {
+        *(f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")),
+        "last_layer.weight_v",
+        "last_layer.weight_g",
+    }

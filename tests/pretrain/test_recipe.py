@@ -1,0 +1,124 @@
+"""Recipes: the papers' numbers, overrides, TOML."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unlabeled.errors import UserError
+from unlabeled.pretrain.auto import filled
+from unlabeled.pretrain.recipe import (
+    RECIPE_NAMES,
+    Recipe,
+    field_types,
+    named_recipe,
+    override,
+    read_recipe,
+    write_recipe,
+)
+
+NAMED = [name for name in RECIPE_NAMES if name != "auto"]
+
+
+def test_the_papers_numbers() -> None:
+    short, long = named_recipe("vitl16_short"), named_recipe("vitg14")
+    assert (short.run.batch_size, short.run.steps) == (2048, 125_000)
+    assert (long.run.batch_size, long.run.steps) == (3072, 625_000)
+    assert (short.optimizer.lr, long.optimizer.lr) == (4e-3, 2e-4)
+    assert (short.optimizer.warmup * short.run.steps, long.optimizer.warmup * long.run.steps) == (12_500, 100_000)
+    assert (short.optimizer.final_weight_decay, long.optimizer.final_weight_decay) == (0.4, 0.2)
+    assert (short.optimizer.layer_decay, long.optimizer.layer_decay) == (0.9, 1.0)
+    assert short.optimizer.patch_embed_multiplier == long.optimizer.patch_embed_multiplier == 0.2
+    assert (short.teacher.momentum, long.teacher.momentum) == (0.992, 0.994)
+    for recipe in (short, long):
+        assert recipe.teacher.temperature_warmup * recipe.run.steps == pytest.approx(37_500)
+        assert recipe.optimizer.freeze_last_layer * recipe.run.steps == pytest.approx(1250)
+        assert (recipe.teacher.temperature, recipe.teacher.final_temperature) == (0.04, 0.07)
+        assert (recipe.optimizer.clip, recipe.optimizer.betas, recipe.loss.koleo) == (3.0, (0.9, 0.999), 0.1)
+        assert (recipe.crops.num_globals, recipe.crops.num_locals) == (2, 8)
+        assert (recipe.crops.global_scale, recipe.crops.local_scale) == ((0.32, 1.0), (0.05, 0.32))
+    assert (short.loss.targets, long.loss.targets) == ("centering", "sinkhorn")
+    assert (short.head.shared, short.head.num_prototypes, short.head.bottleneck) == (True, 65536, 256)
+    assert not long.head.shared
+    assert (long.head.num_prototypes, long.head.bottleneck, long.head.ibot_bottleneck) == (131072, 384, 256)
+    assert (short.model.drop_path, long.model.drop_path) == (0.3, 0.4)
+    assert (short.crops.local_size, long.crops.local_size) == (96, 98)
+    dino = named_recipe("dino_vits16")
+    assert (dino.loss.ibot, dino.loss.koleo, dino.loss.targets, dino.model.patch_size) == (0, 0, "centering", 16)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_toml_gives_the_recipe_back(name: str, tmp_path: Path) -> None:
+    recipe = filled(named_recipe(name))
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    assert read_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_an_unknown_recipe_suggests_the_near_name() -> None:
+    with pytest.raises(UserError, match="did you mean vits14"):
+        named_recipe("vit_s14")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("optimizer.learning_rate", 1e-3, "no recipe has"),
+        ("optimiser.lr", 1e-3, "optimizer.lr"),
+        ("lr", 1e-3, "optimizer.lr"),
+        ("run.stepz", 3, "run.steps"),
+        ("run.steps", "many", "whole number"),
+        ("run.steps", 2.5, "whole number"),
+        ("run.steps", 0, "at least 1"),
+        ("run.compile", "perhaps", "true or false"),
+        ("loss.targets", "softmax", "sinkhorn, centering"),
+        ("crops.global_scale", "0.3", "2 numbers"),
+        ("optimizer.lr", "nan", "finite"),
+        ("model.size", "vit_huge", "vit_small"),
+        ("crops.local_size", 97, "98 is|84 is"),
+        ("optimizer.warmup", 1000, "fraction"),
+        ("loss.mask_ratio", "0.5,0.1", "low <= high"),
+    ],
+)
+def test_a_wrong_field_is_one_line(name: str, value: object, word: str) -> None:
+    with pytest.raises(UserError, match=word) as caught:
+        override(named_recipe("vits14"), {name: value}, "the command line")
+    assert "\n" not in str(caught.value)
+    assert name.split(".")[-1] in str(caught.value)
+
+
+@given(st.floats(1e-9, 1e3), st.integers(1, 10**9), st.booleans())
+def test_text_and_value_mean_the_same(rate: float, steps: int, flag: bool) -> None:
+    values = {"optimizer.lr": rate, "run.steps": steps, "run.compile": flag}
+    texts = {name: repr(value) for name, value in values.items()}
+    base = named_recipe("vits14")
+    assert override(base, values, "a") == override(base, texts, "b")
+
+
+def test_tuples_and_short_forms() -> None:
+    recipe = override(named_recipe("vits14"), {"crops.blur": "1,0.1,0.5", "optimizer.betas": "[0.9, 0.99]"}, "x")
+    assert recipe.crops.blur == (1.0, 0.1, 0.5)
+    assert recipe.optimizer.betas == (0.9, 0.99)
+
+
+def test_every_field_can_be_set(tmp_path: Path) -> None:
+    recipe = named_recipe("vits14")
+    for name in field_types(recipe):
+        section, _, field = name.partition(".")
+        value = getattr(getattr(recipe, section), field) if field else getattr(recipe, section)
+        assert override(recipe, {name: value}, "x") == recipe
+
+
+def test_broken_toml_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[run\nsteps = 3")
+    with pytest.raises(UserError, match=r"mine\.toml is not valid TOML"):
+        read_recipe(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_recipe(tmp_path / "missing.toml")
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().name = "other"  # type: ignore[misc]
