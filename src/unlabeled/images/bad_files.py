@@ -11,7 +11,8 @@ from unlabeled.images.sources import Source
 
 
 class BadFiles:
-    """bad_files.jsonl: {"key": ..., "reason": ...}, each key once, also when a run is resumed or has several ranks.
+    """bad_files.jsonl: {"key": ..., "reason": ...}, each key once, also when a run is resumed or has several
+    ranks.
 
     The file is made with the first bad file.
     """

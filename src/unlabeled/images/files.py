@@ -109,7 +109,7 @@ class FileSource:
         return Sample(data, printable(key), None if self._labels is None else int(self._labels[index]))
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Of a folder: numbers of its own folders, where every file lies in one and there are at least two."""
+        """Numbers of a folder's own folders (where every file lies in one of two or more), or a list's."""
         return None if self._labels is None else self._labels.astype(np.int64)
 
 
@@ -175,7 +175,7 @@ def open_list(name: str, path: Path | None, paths: list[str] | None = None) -> F
     root = next((base for base in bases if os.path.exists(os.path.join(base, first[0]))), None)  # noqa: PTH110, PTH118
     if root is None:
         raise UserError(
-            f"{name} lists {printable(first[0])} first, which does not exist in {' or '.join(dict.fromkeys(bases))}; "
+            f"{name} lists {printable(first[0])} first, which does not exist; "
             "paths are relative to the list's folder or to the working folder"
         )
 

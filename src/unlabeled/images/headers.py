@@ -1,7 +1,8 @@
-"""What JPEG and WebP files declare about themselves, read without a decoder."""
+"""What JPEG, PNG and WebP files declare about themselves, read without a decoder."""
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 
@@ -10,9 +11,9 @@ class Header(NamedTuple):
 
     width: int  # pixels
     height: int  # pixels
-    plain: bool  # the common kind: 8-bit grey or YCbCr or RGB; no alpha, animation, CMYK
-    huffman: bool  # JPEG: coded with Huffman codes
-    start: int  # JPEG: where the first scan starts; WebP: how many bytes the file has
+    plain: bool  # the common kind: 8 bits, grey or colour, whole; no alpha, palette, animation, CMYK
+    huffman: bool = False  # JPEG: coded with Huffman codes
+    start: int = 0  # JPEG: where the first scan starts; WebP: how many bytes the file has
 
 
 # Start-of-frame markers (ITU-T T.81, table B.1): all but DHT, JPG and DAC; from 0xC9 on, arithmetic coding.
@@ -22,7 +23,7 @@ _SCAN = 0xDA
 
 
 def jpeg_header(data: bytes) -> Header | None:
-    """The header of a JPEG; None where there is no whole one, or stray bytes that only a decoder knows to skip."""
+    """The header of a JPEG; None where there is none, or stray bytes that only a decoder knows to skip."""
     at, end = 2, len(data)
     frame: tuple[int, int, bool, bool] | None = None
     while at + 9 < end:
@@ -48,6 +49,27 @@ def jpeg_header(data: bytes) -> Header | None:
     return None
 
 
+# Chunks that say nothing about the pixels' values, their place or their frames, and that libpng takes silently.
+_PLAIN_CHUNKS = frozenset((b"IHDR", b"IDAT", b"IEND", b"sRGB", b"gAMA", b"pHYs", b"tEXt", b"tIME"))
+
+
+def png_header(data: bytes) -> Header | None:
+    """The header of a PNG (W3C PNG, third edition), plain only if all its chunks are whole and known."""
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        return None
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    depth, kind, interlaced = data[24], data[25], data[28]
+    whole = depth == 8 and kind in (0, 2) and not interlaced
+    at, name, view = 8, b"", memoryview(data)
+    while whole and name != b"IEND":
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        name = data[at + 4 : at + 8]
+        check = int.from_bytes(data[end : end + 4], "big")
+        whole = name in _PLAIN_CHUNKS and len(data) >= end + 4 and zlib.crc32(view[at + 4 : end]) == check
+        at = end + 4
+    return Header(width, height, whole)
+
+
 def webp_header(data: bytes) -> Header | None:
     """The header of a WebP file (RFC 9649); None where there is no whole one."""
     if len(data) < 30:
@@ -56,11 +78,11 @@ def webp_header(data: bytes) -> Header | None:
     kind = data[12:16]
     if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-        return Header(width, height, True, False, size)
+        return Header(width, height, True, start=size)
     if kind == b"VP8L" and data[20] == 0x2F:
         bits = int.from_bytes(data[21:25], "little")
-        return Header((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, not bits >> 28 & 1, False, size)
+        return Header((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, not bits >> 28 & 1, start=size)
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-        return Header(width, height, False, False, size)
+        return Header(width, height, False, start=size)
     return None

@@ -6,19 +6,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 6
+WINDOW = 16_384  # images; what shuffle buffers usually hold
+_SMALL = 1024  # permutations up to this size are drawn outright
 
 
 def permuted(index: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
     """Where a pseudo-random permutation of range(size) sends each index, without holding the permutation.
 
-    A Feistel network over the smallest even number of bits that covers `size`; values beyond it walk on until they
-    fall inside (Black and Rogaway, 2002).
+    A Feistel network over the smallest even number of bits that covers `size`; values beyond it walk on until
+    they fall inside (Black and Rogaway, 2002). Small ones, where the few states of a network show, are drawn.
 
     Args:
         index: int64, each in [0, size).
         size: at least 1.
         key: what the permutation depends on.
     """
+    if size <= _SMALL:
+        return np.random.default_rng(list(key)).permutation(size)[index]
     half = max(1, (max(1, size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     words = np.random.SeedSequence(list(key)).generate_state(_ROUNDS, np.uint64)
@@ -46,22 +50,26 @@ def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class ShuffledOrder:
     """Global position -> image: position p lies in epoch p // N, and each epoch is a permutation of its own.
 
-    Where reading in any order is equally cheap, the permutation is over all images and takes no memory. Where images
-    come in blocks (shards, row groups), blocks are permuted and their images shuffled in windows, as a stream with a
-    shuffle buffer would do, so that reads stay local; that takes 16 bytes a block.
+    Where reading in any order is equally cheap, the permutation is over all images and takes no memory. Where
+    images come in blocks (shards, row groups), blocks are permuted and their images shuffled in windows, as a
+    stream with a shuffle buffer would do, so that reads stay local; that takes 16 bytes a block.
 
     Args:
         num_samples: N, at least 1.
         seed: of all epochs.
         block_starts: increasing starts of the blocks, the first 0, or None.
-        window: images shuffled among each other where there are blocks.
+        window: images shuffled among each other where there are blocks; None: WINDOW.
     """
 
     def __init__(
-        self, num_samples: int, seed: int, block_starts: NDArray[np.int64] | None = None, window: int = 16_384
+        self,
+        num_samples: int,
+        seed: int,
+        block_starts: NDArray[np.int64] | None = None,
+        window: int | None = None,
     ) -> None:
-        self.num_samples, self.seed, self.window = num_samples, seed, window
-        blocks = block_starts is not None and len(block_starts) > 1 and num_samples > window
+        self.num_samples, self.seed, self.window = num_samples, seed, window or WINDOW
+        blocks = block_starts is not None and len(block_starts) > 1 and num_samples > self.window
         self.starts = block_starts if blocks else None
         self._epoch: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 

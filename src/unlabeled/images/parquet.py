@@ -44,7 +44,8 @@ class ParquetSource:
         files: Parquet files, in order.
 
     Raises:
-        UserError: a file is no Parquet, has no column of image bytes, or has row groups too large to be read whole.
+        UserError: a file is no Parquet, has no column of image bytes, or has row groups too large to be read
+            whole.
     """
 
     def __init__(self, name: str, files: list[Path]) -> None:
@@ -95,7 +96,7 @@ class ParquetSource:
         return int(self.ends[-1])
 
     def read(self, index: int) -> Sample:
-        """The row's bytes; its key is the path stored with them, or the file and the row's number in the source."""
+        """The row's bytes; its key is the file and the path stored with them, or the row's number."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         group = int(np.searchsorted(self.ends, index, side="right"))

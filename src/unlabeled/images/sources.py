@@ -35,10 +35,10 @@ class Source(Protocol):
     Attributes:
         name: what the user called it, for messages.
         class_names: of the labels, or None.
-        block_starts: int64, starts of the runs that are cheap to read together (shards, row groups); None where any
-            order is equally cheap.
-        window: how many images in a row of blocks can be read in any order without reading a block twice; None where
-            that does not matter.
+        block_starts: int64, starts of the runs that are cheap to read together (shards, row groups); None
+            where any order is equally cheap.
+        window: how many images in a row of blocks can be read in any order without reading a block twice;
+            None where that does not matter.
     """
 
     name: str
@@ -63,8 +63,8 @@ class Source(Protocol):
 def number_classes(texts: list[str]) -> tuple[list[str], list[int]]:
     """Class names, and the number of each distinct text among them.
 
-    Texts that are all numbers keep them, so that they mean the same in a source with other classes; others are
-    numbered in sorted order.
+    Texts that are all numbers keep them, so that they mean the same in a source with other classes; others
+    are numbered in sorted order.
     """
     if all(text.isascii() and text.isdigit() and str(int(text)) == text for text in texts):
         numbers = [int(text) for text in texts]
@@ -84,8 +84,8 @@ def open_source(data: str | Path) -> Source:
     """Open DATA.
 
     Args:
-        data: a folder of images (any depth), a .tar or a folder or glob of them (webdataset layout), a .parquet or a
-            folder or glob of them, a .txt or .csv list of paths, or hf:NAME[:SPLIT].
+        data: a folder of images (any depth), a .tar or a folder or glob of them (webdataset layout), a
+            .parquet or a folder or glob of them, a .txt or .csv list of paths, or hf:NAME[:SPLIT].
 
     Raises:
         UserError: nothing is there, or nothing of a kind that is read.
@@ -161,7 +161,8 @@ def _expanded(pattern: str) -> list[Path]:
                 raise UserError(f"{one} of {pattern} does not exist")
             files += matches
         return files
-    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]  # noqa: PTH113
+    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    return [Path(name) for name in names if Path(name).is_file()]
 
 
 def _missing(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Images in tar shards, in webdataset's layout: members that share a name up to the first dot are one sample."""
+"""Images in tar shards, webdataset's layout: members that share a name up to the first dot are a sample."""
 
 from __future__ import annotations
 
@@ -175,7 +175,8 @@ def _label(file: int, member: Member, suffix: str) -> str | None:
 
 
 def _members(file: int, path: str, end: int, at: int = 0) -> Iterator[Member]:
-    """The ordinary files of a tar from an offset on (POSIX.1-2017 pax and ustar; GNU tar), reading headers alone.
+    """The ordinary files of a tar from an offset on (POSIX.1-2017 pax and ustar; GNU tar), reading headers
+    alone.
 
     Raises:
         UserError: these are no tar headers, or the file ends early.
