@@ -115,7 +115,7 @@ def _checked_jpeg(data: bytes) -> Header | None:
     # declared.
     if header.huffman and header.width * header.height > 64 * 8 * len(data):
         raise BadImage(f"truncated: {len(data)} bytes for {header.width} x {header.height} pixels")
-    if data.count(b"\xff\xda") > _MAX_SCANS:
+    if header.progressive and data.count(b"\xff\xda") > _MAX_SCANS:
         raise BadImage(f"broken: more than {_MAX_SCANS} scans")
     return header
 

@@ -13,6 +13,7 @@ class Header(NamedTuple):
     height: int  # pixels
     plain: bool  # the common kind: 8 bits, grey or colour, whole; no alpha, palette, animation, CMYK
     huffman: bool = False  # JPEG: coded with Huffman codes
+    progressive: bool = False  # JPEG: coded in many scans
     start: int = 0  # JPEG: where the first scan starts; WebP: how many bytes the file has
 
 
@@ -25,7 +26,7 @@ _SCAN = 0xDA
 def jpeg_header(data: bytes) -> Header | None:
     """The header of a JPEG; None where there is none, or stray bytes that only a decoder knows to skip."""
     at, end = 2, len(data)
-    frame: tuple[int, int, bool, bool] | None = None
+    frame: Header | None = None
     while at + 9 < end:
         if data[at] != 0xFF:
             return None
@@ -33,7 +34,7 @@ def jpeg_header(data: bytes) -> Header | None:
         if marker == 0xFF:  # fill byte
             at += 1
         elif marker == _SCAN:
-            return Header(*frame, at) if frame else None
+            return frame._replace(start=at) if frame else None
         elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # markers without a segment
             at += 2
         else:
@@ -44,12 +45,13 @@ def jpeg_header(data: bytes) -> Header | None:
                     int.from_bytes(data[at + 7 : at + 9], "big"),
                 )
                 plain = bits == 8 and channels in (1, 3) and marker not in _LOSSLESS
-                frame = width, height, plain, marker < 0xC8 and marker not in _LOSSLESS
+                huffman = marker < 0xC8 and marker not in _LOSSLESS
+                frame = Header(width, height, plain, huffman, progressive=marker % 4 == 2)
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
 
 
-# Chunks that say nothing about the pixels' values, their place or their frames, and that libpng takes silently.
+# Chunks that say nothing about the pixels' values, place or frames, and that libpng takes silently.
 _PLAIN_CHUNKS = frozenset((b"IHDR", b"IDAT", b"IEND", b"sRGB", b"gAMA", b"pHYs", b"tEXt", b"tIME"))
 
 
