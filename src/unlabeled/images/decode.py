@@ -51,7 +51,8 @@ _PLUGINS = (
     TiffImagePlugin,
     WebPImagePlugin,
 )
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+# (an MPO is opened as a JPEG, whose plugin then hands it on)
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 _BAND = 2**22  # pixels converted at a time, so that a large image is not held three times over
 _MAX_SCANS = 1000  # of a progressive JPEG; cameras and encoders write about 10, files made to stall millions
 _REDUCED = {
@@ -163,9 +164,8 @@ def _decode_fast(data: bytes, header: Header | None, min_side: int | None) -> ND
 
 
 def _decode_pillow(data: bytes) -> NDArray[np.uint8]:
-    ImageFile.LOAD_TRUNCATED_IMAGES = (
-        False  # another library may have asked Pillow to fill truncated files with grey
-    )
+    # Another library may have asked Pillow to fill truncated files with grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_size(*image.size)
