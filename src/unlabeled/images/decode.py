@@ -136,6 +136,8 @@ def _checked_png(data: bytes) -> Header | None:
     header = png_header(data)
     if header is not None:
         _check_size(header.width, header.height)
+        if header.damaged:  # libpng stops at that; Pillow goes on, with noise
+            raise BadImage("broken: a checksum does not match")
     return header
 
 
@@ -229,8 +231,8 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         whole = rows >= height
         band = image if whole else image.crop((0, top, width, min(height, top + rows)))
         if deep:
-            values = np.nan_to_num(np.asarray(band).astype(np.float32)) * (255 / full)
-            pixels[top : top + rows] = (values.clip(0, 255) + 0.5).astype(np.uint8)[:, :, None]
+            values = np.nan_to_num(np.asarray(band).astype(np.float32)).clip(0, full)
+            pixels[top : top + rows] = (values * (255 / full) + 0.5).astype(np.uint8)[:, :, None]
         else:
             pixels[top : top + rows] = np.asarray(band.convert("RGB"))
     return pixels

@@ -14,6 +14,7 @@ class Header(NamedTuple):
     plain: bool  # the common kind: 8 bits, grey or colour, whole; no alpha, palette, animation, CMYK
     huffman: bool = False  # JPEG: coded with Huffman codes
     progressive: bool = False  # JPEG: coded in many scans
+    damaged: bool = False  # PNG: a chunk that the pixels need fails its checksum
     start: int = 0  # JPEG: where the first scan starts; WebP: how many bytes the file has
 
 
@@ -51,6 +52,7 @@ def jpeg_header(data: bytes) -> Header | None:
     return None
 
 
+_NEEDED_CHUNKS = frozenset((b"IHDR", b"PLTE", b"IDAT"))
 # Chunks that say nothing about the pixels' values, place or frames, and that libpng takes silently.
 _PLAIN_CHUNKS = frozenset((b"IHDR", b"IDAT", b"IEND", b"sRGB", b"gAMA", b"pHYs", b"tEXt", b"tIME"))
 
@@ -61,15 +63,19 @@ def png_header(data: bytes) -> Header | None:
         return None
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     depth, kind, interlaced = data[24], data[25], data[28]
-    whole = depth == 8 and kind in (0, 2) and not interlaced
+    plain = depth == 8 and kind in (0, 2) and not interlaced
     at, name, view = 8, b"", memoryview(data)
-    while whole and name != b"IEND":
+    while name != b"IEND":
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
         name = data[at + 4 : at + 8]
-        check = int.from_bytes(data[end : end + 4], "big")
-        whole = name in _PLAIN_CHUNKS and len(data) >= end + 4 and zlib.crc32(view[at + 4 : end]) == check
+        if len(data) < end + 4:
+            return Header(width, height, plain=False)
+        sound = zlib.crc32(view[at + 4 : end]) == int.from_bytes(data[end : end + 4], "big")
+        if name in _NEEDED_CHUNKS and not sound:
+            return Header(width, height, plain=False, damaged=True)
+        plain = plain and sound and name in _PLAIN_CHUNKS
         at = end + 4
-    return Header(width, height, whole)
+    return Header(width, height, plain)
 
 
 def webp_header(data: bytes) -> Header | None:
