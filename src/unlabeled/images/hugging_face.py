@@ -24,6 +24,8 @@ class HuggingFaceSource:
 
         self.name = name
         columns = [column for column, kind in table.features.items() if isinstance(kind, Image)]
+        encoded = bool(columns)
+        columns = columns or [column for column, kind in table.features.items() if _holds_bytes(kind)]
         if not columns:
             raise UserError(f"{name} has no image column; it has {', '.join(table.features)}")
         if not len(table):
@@ -35,7 +37,9 @@ class HuggingFaceSource:
         if label:
             names = getattr(table.features[label], "names", None)
             self._number(table.select_columns([label]).with_format(None)[label][:], names)
-        self.table = table.select_columns([self.column]).cast_column(self.column, Image(decode=False))
+        self.table = table.select_columns([self.column])
+        if encoded:
+            self.table = self.table.cast_column(self.column, Image(decode=False))
 
     def _number(self, values: list[Any], names: list[str] | None) -> None:
         if any(not isinstance(value, (int, str)) for value in values):
@@ -56,7 +60,7 @@ class HuggingFaceSource:
     def read(self, index: int) -> Sample:
         """The row's bytes, or those of the file it names."""
         value = self.table[index][self.column] or {}
-        data, path = value.get("bytes"), value.get("path")
+        data, path = (value, None) if isinstance(value, bytes) else (value.get("bytes"), value.get("path"))
         if data is None and path:
             data = Path(path).read_bytes()
         label = None if self._labels is None else int(self._labels[index])
@@ -65,6 +69,13 @@ class HuggingFaceSource:
     def labels(self) -> NDArray[np.int64] | None:
         """The label column, where there is one of numbers or names without gaps."""
         return None if self._labels is None else self._labels.astype(np.int64)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a feature is binary, or a struct as images are stored."""
+    if isinstance(kind, dict):
+        return "bytes" in kind
+    return str(getattr(kind, "dtype", "")) in ("binary", "large_binary")
 
 
 def open_hugging_face(text: str) -> HuggingFaceSource:

@@ -143,7 +143,7 @@ class ParquetSource:
             try:
                 labels = file.read(columns=[self.label_column], use_threads=False).column(0)
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path} cannot be read: {error}") from error
+                raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
         return np.array(groups, np.int64).reshape(-1, 4), labels
 
     def _group(self, group: int) -> pa.ChunkedArray:
@@ -154,8 +154,8 @@ class ParquetSource:
         try:
             file = self._file(number)
             column = file.read_row_group(inner, columns=[self.image_column], use_threads=False).column(0)
-        except (pa.ArrowException, UserError) as error:
-            raise OSError(f"{self.files[number]}: {error}") from error
+        except (pa.ArrowException, OSError, UserError) as error:
+            raise OSError(f"{self.files[number]}: {_one_line(error)}") from error
         self._cache[group] = column
         self._cached_bytes += column.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -174,7 +174,11 @@ def _opened(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no Parquet file that can be read: {error}") from error
+        raise UserError(f"{path} is no Parquet file that can be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _image_column(schema: pa.Schema, path: str) -> str:
