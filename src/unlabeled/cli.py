@@ -26,20 +26,25 @@ app = typer.Typer(
 show = typer.Typer(help="Pictures of what happens to images.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(show, name="show")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output; the rest on standard error.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output; the rest on standard error.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 DataArgument = Annotated[
     str, typer.Argument(help="A folder, tar shards, Parquet, a text or CSV list of paths, or hf:NAME.")
 ]
-_OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@app.command(context_settings=_OPEN)
+@app.command()
 def pretrain(
     context: typer.Context,
-    data: Annotated[str | None, typer.Argument(help="The images: folder, tar shards, Parquet, list, hf:NAME.")] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="The images: folder, tar shards, Parquet, list, hf:NAME.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The run folder to make.")] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe's name or TOML file; `unlabeled info recipes` lists them.")] = "auto",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe's name or TOML file; `unlabeled info recipes` lists them.")
+    ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, over the recipe's.")] = None,
     eval: Annotated[str | None, typer.Option(help="Labelled DATA, for a k-NN figure on the way.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -51,7 +56,7 @@ def pretrain(
     from unlabeled.pretrain.loop import pretrain as run_pretrain
     from unlabeled.pretrain.pictures import write_pictures
 
-    overrides = _overrides(context.args)
+    overrides: dict[str, str] = context.obj
     console = _console(as_json)
     run = run_pretrain(
         data, out, recipe=recipe, steps=steps, eval=eval, seed=seed, device=device, resume=resume,
@@ -61,7 +66,9 @@ def pretrain(
         return
     rows = run.metrics
     pictures = write_pictures(run.path)
-    console.print(f"pictures: {run.path / 'pictures'} ({', '.join(path.name for path in pictures)})", highlight=False)
+    console.print(
+        f"pictures: {run.path / 'pictures'} ({', '.join(path.name for path in pictures)})", highlight=False
+    )
     console.print(f"next: unlabeled info {run.path}", highlight=False)
     if as_json:
         speeds = sorted(row["images_per_second"] for row in rows)
@@ -135,7 +142,7 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-@show.command("crops", context_settings=_OPEN)
+@show.command("crops")
 def show_crops(
     context: typer.Context,
     image: Annotated[str, typer.Argument(help="An image file.")],
@@ -150,7 +157,7 @@ def show_crops(
     from unlabeled.pretrain.show_crops import write_crops
 
     plan = read_recipe(Path(recipe)) if recipe.endswith(".toml") else named_recipe(recipe)
-    plan = override(plan, _overrides(context.args), "the command line")
+    plan = override(plan, context.obj, "the command line")
     try:
         pixels = decode(Path(image).read_bytes())
     except OSError as error:
@@ -163,21 +170,27 @@ def show_crops(
         _print_json({"picture": out})
 
 
-def _overrides(arguments: list[str]) -> dict[str, str]:
-    """--optimizer.lr 1e-3 or --optimizer.lr=1e-3, as {"optimizer.lr": "1e-3"}."""
-    values: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        name = rest.pop(0)
-        if not name.startswith("--"):
-            raise UserError(f"unexpected argument {name!r}; `unlabeled --help` lists the commands and their options")
-        name, joined, value = name.removeprefix("--").partition("=")
+def _split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Recipe fields (--optimizer.lr 1e-3 or --optimizer.lr=1e-3) apart from the rest of a command line.
+
+    They are taken out before the command is parsed: the parser does not know them, and would take their values for
+    its own arguments.
+    """
+    rest: list[str] = []
+    fields: dict[str, str] = {}
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, joined, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name or "/" in name:
+            rest.append(word)
+            continue
         if not joined:
-            if not rest:
+            if not waiting:
                 raise UserError(f"--{name} needs a value")
-            value = rest.pop(0)
-        values[name.replace("-", "_")] = value
-    return values
+            value = waiting.pop(0)
+        fields[name.replace("-", "_")] = value
+    return rest, fields
 
 
 def _console(as_json: bool) -> Console:
@@ -193,7 +206,8 @@ def _print_json(result: dict[str, Any]) -> None:
 def main() -> None:
     """Run the command; an error of use is one line on standard error and exit status 2."""
     try:
-        app(standalone_mode=False)
+        arguments, recipe_fields = _split(sys.argv[1:])
+        app(arguments, standalone_mode=False, obj=recipe_fields)
     except UserError as error:
         sys.exit(_said(str(error)))
     except typer.Exit as stop:

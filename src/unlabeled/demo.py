@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -65,7 +64,8 @@ def demo_tiles(folder: Path) -> tuple[Path, Path]:
         for name, count in (("train", TRAIN_TILES), ("test", TEST_TILES)):
             target = partial / name / path.stem
             target.mkdir(parents=True)
-            places = tile_places(*photograph.shape[:2], test=name == "test")
+            height, width = photograph.shape[:2]
+            places = tile_places(height, width, test=name == "test")
             for number in np.linspace(0, len(places) - 1, min(count, len(places))).astype(int):
                 top, left = places[number]
                 tile = photograph[top : top + TILE, left : left + TILE]
@@ -85,7 +85,9 @@ def tile_places(height: int, width: int, test: bool) -> list[tuple[int, int]]:
                 continue
             top, bottom = height * row // BLOCKS, height * (row + 1) // BLOCKS
             left, right = width * column // BLOCKS, width * (column + 1) // BLOCKS
-            places += [(y, x) for y in range(top, bottom - TILE + 1, 4) for x in range(left, right - TILE + 1, 4)]
+            places += [
+                (y, x) for y in range(top, bottom - TILE + 1, 4) for x in range(left, right - TILE + 1, 4)
+            ]
     return places
 
 
@@ -175,10 +177,14 @@ def run_demo(
     }
     pictures = write_pictures(folder, train_path)
     table = Table("features", "k-NN accuracy (k = 20)", title="Which photograph is this tile of?")
-    for name, text in (("pixels", "raw pixels"), ("untrained", "untrained backbone"), ("trained", "trained backbone")):
+    for name, text in (
+        ("pixels", "raw pixels"),
+        ("untrained", "untrained backbone"),
+        ("trained", "trained backbone"),
+    ):
         table.add_row(text, f"{knn[name]:.1%}")
     console.print(table)
     console.print(f"run:      {folder}", highlight=False)
     console.print(f"pictures: {', '.join(str(path) for path in pictures)}", highlight=False)
-    console.print(f"next:     unlabeled pretrain YOUR_PHOTOS --out {os.path.join('runs', 'mine')}", highlight=False)  # noqa: PTH118
+    console.print("next:     unlabeled pretrain YOUR_PHOTOS --out runs/mine", highlight=False)
     return {"knn": knn, "run": str(folder), "seconds": seconds}

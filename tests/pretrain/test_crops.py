@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
-from scipy import stats
+from scipy import ndimage, stats
 
-from unlabeled.pretrain.crops import PARAMETERS, CropRecipe, apply_parameters, draw_parameters, make_crops
+from unlabeled.pretrain.crops import (
+    PARAMETERS,
+    CropRecipe,
+    Crops,
+    apply_parameters,
+    draw_parameters,
+    make_crops,
+    smallest_side,
+)
 
 RECIPE = CropRecipe()
 DRAWS = 3000
@@ -36,11 +44,15 @@ def has_probability(flags: np.ndarray, probability: float) -> None:
 
 
 @pytest.mark.parametrize(("views", "low", "high"), [(slice(0, 2), 0.32, 1.0), (slice(2, 10), 0.05, 0.32)])
-def test_scale_is_uniform_and_ratio_log_uniform(drawn: np.ndarray, views: slice, low: float, high: float) -> None:
+def test_scale_is_uniform_and_ratio_log_uniform(
+    drawn: np.ndarray, views: slice, low: float, high: float
+) -> None:
     crops = drawn[:, views].ravel()
     ratio = crops["width"] / crops["height"]
     area = crops["width"] * crops["height"] / 3000**2
-    if high < 0.9:  # a box of nearly the whole image fits for few ratios: no longer uniform, as in torchvision
+    if (
+        high < 0.9
+    ):  # a box of nearly the whole image fits for few ratios: no longer uniform, as in torchvision
         is_uniform(area, low - 1e-3, high + 1e-3)
         is_uniform(np.log(ratio), math.log(3 / 4) - 2e-3, math.log(4 / 3) + 2e-3)
     assert area.min() >= low - 1e-3
@@ -99,6 +111,7 @@ def test_augmentations_are_independent(drawn: np.ndarray) -> None:
 
 def plain(height: int, width: int, **values: object) -> np.ndarray:
     row = np.zeros(1, PARAMETERS)
+    row["radius"] = 4
     for name, value in {"height": height, "width": width, **values}.items():
         row[name] = value
     return row
@@ -160,7 +173,9 @@ def test_hue_is_pillows(photograph: np.ndarray, shift: float) -> None:
 def test_hue_keeps_value_and_turns_the_circle() -> None:
     image = np.zeros((64, 64, 3), np.uint8)
     image[..., 0] = 200  # pure red
-    found = pixels(image, 16, top=0, left=0, height=64, width=64, **(JITTER | {"hue": 0.1, "order": [3, 0, 1, 2]}))
+    found = pixels(
+        image, 16, top=0, left=0, height=64, width=64, **(JITTER | {"hue": 0.1, "order": [3, 0, 1, 2]})
+    )
     hue, saturation, value = colorsys.rgb_to_hsv(*(found[8, 8] / 255))
     assert hue == pytest.approx(0.1, abs=0.01)
     assert saturation == pytest.approx(1, abs=0.01)
@@ -178,7 +193,12 @@ def test_order_of_jitter_matters_and_is_followed(photograph: np.ndarray) -> None
         expected = base
         for step, factor in zip(steps, factors, strict=True):
             expected = step(expected).enhance(factor)
-        close(pixels(photograph, 96, **(values | {"order": order})), through_hsv(np.asarray(expected), 0), 1.0, 6)
+        close(
+            pixels(photograph, 96, **(values | {"order": order})),
+            through_hsv(np.asarray(expected), 0),
+            1.0,
+            6,
+        )
 
 
 def test_grey_and_solarise_are_pillows(photograph: np.ndarray) -> None:
@@ -201,7 +221,7 @@ def test_blur_is_a_gaussian_of_nine_taps(photograph: np.ndarray, sigma: float, s
     down = sum(taps[k] * rows[k : k + size] for k in range(9))
     columns = down[:, index]
     expected = sum(taps[k] * columns[:, k : k + size] for k in range(9))
-    close(pixels(photograph, size, sigma=sigma), np.rint(expected), mean=0.05, most=1)
+    close(pixels(photograph, size, sigma=sigma), np.rint(expected), mean=0.1, most=1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -224,12 +244,46 @@ def test_any_shape(height: int, width: int, size: int, local: int, num_locals: i
     assert (first.locals == second.locals).all()
 
 
-def test_a_flat_image_stays_flat() -> None:
-    image = np.full((50, 60, 3), 77, np.uint8)
-    recipe = CropRecipe(jitter=0, grey=0, solarise=0)
-    crops = make_crops(image, recipe, np.random.default_rng(0))
-    assert (crops.globals == 77).all()
-    assert (crops.locals == 77).all()
+@pytest.mark.parametrize(("height", "width"), [(3, 5), (98, 98), (375, 500), (900, 1200)])
+@pytest.mark.parametrize("size", [8, 98, 224])
+def test_a_flat_image_stays_flat(height: int, width: int, size: int) -> None:
+    for value in range(0, 256, 5):
+        image = np.full((height, width, 3), value, np.uint8)
+        for sigma in (0, 1.3):
+            assert (apply_parameters(image, plain(height, width, sigma=sigma), size) == value).all()
+
+
+def test_a_wider_blur_is_not_cut(photograph: np.ndarray) -> None:
+    image = np.zeros((65, 65, 3), np.uint8)
+    image[32, 32] = 255
+    image[31:34, 31:34] = 255
+    found = apply_parameters(image, plain(65, 65, sigma=2, radius=8), 65)[0, 0].astype(float)
+    expected = ndimage.gaussian_filter(image[..., 0].astype(float), 2, radius=8)
+    assert np.abs(found - expected).max() <= 0.6
+
+
+def test_crops_can_be_written_into_a_batch(photograph: np.ndarray) -> None:
+    recipe = CropRecipe(global_size=32, local_size=17, num_locals=3)
+    batch = Crops(np.zeros((2, 4, 3, 32, 32), np.uint8), np.zeros((3, 4, 3, 17, 17), np.uint8))
+    slot = Crops(batch.globals[:, 2], batch.locals[:, 2])
+    make_crops(photograph, recipe, np.random.default_rng(3), slot)
+    expected = make_crops(photograph, recipe, np.random.default_rng(3))
+    assert (batch.globals[:, 2] == expected.globals).all()
+    assert (batch.locals[:, 2] == expected.locals).all()
+    assert not batch.globals[:, [0, 1, 3]].any()
+    with pytest.raises(ValueError, match="match"):
+        apply_parameters(photograph, plain(20, 20), 17, batch.globals[:1, 2])
+
+
+def test_reduced_decoding_leaves_every_box_larger_than_its_crop() -> None:
+    recipe = CropRecipe()
+    side = smallest_side(recipe)
+    rng = np.random.default_rng(0)
+    for height, width in ((side, side), (side, 2 * side), (3 * side, side)):
+        for _ in range(200):
+            parameters = draw_parameters(height, width, recipe, rng)
+            sizes = np.where(np.arange(10) < 2, recipe.global_size, recipe.local_size)
+            assert (np.minimum(parameters["height"], parameters["width"]) > 1.49 * sizes).all()
 
 
 def test_a_box_outside_the_image_is_refused(photograph: np.ndarray) -> None:

@@ -32,7 +32,9 @@ def plain_cross_entropy(row: torch.Tensor, prototypes: torch.Tensor, target: tor
 
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(0, 7), prototypes=st.integers(1, 9), width=st.integers(1, 5), seed=st.integers(0, 99))
-def test_prototype_cross_entropy_is_the_plain_formula(rows: int, prototypes: int, width: int, seed: int) -> None:
+def test_prototype_cross_entropy_is_the_plain_formula(
+    rows: int, prototypes: int, width: int, seed: int
+) -> None:
     z = unit_rows(rows, width, seed).requires_grad_()
     w = unit_rows(prototypes, width, seed + 1).requires_grad_()
     targets = probabilities(rows, prototypes, seed=seed) * 2  # rows need not sum to 1
@@ -47,7 +49,13 @@ def test_prototype_cross_entropy_is_the_plain_formula(rows: int, prototypes: int
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (unit_rows(50, 8, 0), unit_rows(20, 8, 1), probabilities(50, 20, seed=2), torch.ones(50), TEMPERATURE)
+    arguments = (
+        unit_rows(50, 8, 0),
+        unit_rows(20, 8, 1),
+        probabilities(50, 20, seed=2),
+        torch.ones(50),
+        TEMPERATURE,
+    )
     whole = losses.prototype_cross_entropy(*arguments)
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 20 * 7)
     torch.testing.assert_close(losses.prototype_cross_entropy(*arguments), whole)
@@ -89,7 +97,11 @@ def test_dino_loss_is_the_mean_over_all_pairs_but_the_same_crop(num_locals: int)
             if student == teacher:
                 continue
             for image in range(images):
-                z = z_global[student * images + image] if student < 2 else z_local[(student - 2) * images + image]
+                z = (
+                    z_global[student * images + image]
+                    if student < 2
+                    else z_local[(student - 2) * images + image]
+                )
                 terms.append(plain_cross_entropy(z, w, targets[teacher, image]))
     expected = torch.stack(terms).mean()
     pairs = 2 + 2 * num_locals
@@ -107,7 +119,9 @@ def test_ibot_weighs_each_image_alike_and_counts_every_crop() -> None:
     z, w, targets = unit_rows(rows, 4, 0), unit_rows(5, 4, 1), probabilities(rows, 5, seed=2)
     expected, row = 0.0, 0
     for count in per_crop:
-        expected += sum(float(plain_cross_entropy(z[row + i], w, targets[row + i])) for i in range(count)) / count
+        expected += (
+            sum(float(plain_cross_entropy(z[row + i], w, targets[row + i])) for i in range(count)) / count
+        )
         row += count
     weights = torch.tensor([1 / count for count in per_crop for _ in range(count)], dtype=torch.float64)
     found = losses.ibot_loss(z, w, targets, weights, num_crops, TEMPERATURE)

@@ -53,7 +53,9 @@ def test_first_rectangle_is_a_rectangle_of_the_allowed_aspect() -> None:
 
 
 def test_the_generator_decides() -> None:
-    first, second, other = (block_masks(6, (8, 8), 0.5, (0.1, 0.5), np.random.default_rng(s)) for s in (1, 1, 2))
+    first, second, other = (
+        block_masks(6, (8, 8), 0.5, (0.1, 0.5), np.random.default_rng(s)) for s in (1, 1, 2)
+    )
     assert (first == second).all()
     assert (first != other).any()
 

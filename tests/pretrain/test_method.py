@@ -18,7 +18,9 @@ from unlabeled.pretrain.recipe import Recipe, named_recipe, override
 from unlabeled.pretrain.schedules import StepValues
 
 PATCH, DEPTH, HEADS, IMAGES, LOCALS = 4, 2, 2, 3, 3
-VALUES = StepValues(lr=1e-2, last_layer_lr=5e-3, weight_decay=0.1, teacher_momentum=0.9, teacher_temperature=0.06)
+VALUES = StepValues(
+    lr=1e-2, last_layer_lr=5e-3, weight_decay=0.1, teacher_momentum=0.9, teacher_temperature=0.06
+)
 STUDENT_TEMPERATURE = 0.1
 
 
@@ -86,9 +88,8 @@ def reference_losses(recipe: Recipe, student: plain.Parameters, teacher: plain.P
         ibot_logits = []
         if batch.masks_VBN is not None:
             for one, mask in zip(seen, batch.masks_VBN, strict=True):
-                for number in range(16):
-                    if mask[number]:
-                        ibot_logits.append(plain.head_logits(teacher, one[first_patch + number], ibot_head))
+                hidden = [one[first_patch + number] for number in range(16) if mask[number]]
+                ibot_logits += [plain.head_logits(teacher, token, ibot_head) for token in hidden]
         if recipe.loss.targets == "sinkhorn":
             dino_targets = plain.sinkhorn(dino_logits, VALUES.teacher_temperature, 3)
             ibot_targets = plain.sinkhorn(ibot_logits, VALUES.teacher_temperature, 3) if ibot_logits else []
@@ -115,7 +116,9 @@ def reference_losses(recipe: Recipe, student: plain.Parameters, teacher: plain.P
                 target_number += 1
     for view in range(LOCALS):
         images = batch.locals_VB3HW[view * IMAGES : (view + 1) * IMAGES]
-        views.append([plain.head_logits(student, tokens(student, image, None, 2)[0], "dino_head.") for image in images])
+        views.append(
+            [plain.head_logits(student, tokens(student, image, None, 2)[0], "dino_head.") for image in images]
+        )
     terms = [
         plain.cross_entropy(dino_targets[t * IMAGES + image], views[s][image], STUDENT_TEMPERATURE)
         for t in range(2) for s in range(2 + LOCALS) if s != t for image in range(IMAGES)
@@ -200,7 +203,9 @@ def test_one_step_is_the_plain_reference(overrides: dict[str, Any]) -> None:
 
     moved = doubled(method.teacher)
     for name, before in teacher.items():
-        torch.testing.assert_close(moved[name], 0.9 * before + 0.1 * after[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            moved[name], 0.9 * before + 0.1 * after[name], rtol=1e-5, atol=1e-6, msg=name
+        )
     if recipe.loss.targets == "centering":
         for center, before, logits in zip(
             (method.dino_center, method.ibot_center), centers, teacher_logits, strict=True
@@ -234,6 +239,6 @@ def test_a_recipe_compiles() -> None:
     whole, batch = made(recipe_of())
     eager = whole.backward(batch, whole.teacher_targets(batch, 0.06))["loss"]
     compiled, _ = made(recipe_of())
-    compiled.student.compile(backend="aot_eager")
-    compiled.teacher.compile(backend="aot_eager")
+    compiled.student.compile(backend="eager")
+    compiled.teacher.compile(backend="eager")
     torch.testing.assert_close(compiled.backward(batch, compiled.teacher_targets(batch, 0.06))["loss"], eager)

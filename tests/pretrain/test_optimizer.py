@@ -11,12 +11,20 @@ from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule, clip_gradients, parameter_groups, update_teacher
 from unlabeled.pretrain.recipe import named_recipe, override
 
-TINY = {"model.depth": 3, "model.width": 24, "model.num_heads": 2, "head.num_prototypes": 8, "head.hidden": 16}
+TINY = {
+    "model.depth": 3,
+    "model.width": 24,
+    "model.num_heads": 2,
+    "head.num_prototypes": 8,
+    "head.hidden": 16,
+}
 
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_every_parameter_is_in_one_group_with_the_right_multipliers(registers: int) -> None:
-    recipe = override(named_recipe("tiny"), TINY | {"model.num_registers": registers, "head.shared": False}, "test")
+    recipe = override(
+        named_recipe("tiny"), TINY | {"model.num_registers": registers, "head.shared": False}, "test"
+    )
     student = SelfDistillation(recipe).student
     groups = parameter_groups(student, 3, 0.9, 0.2)
     names = {id(parameter): name for name, parameter in student.named_parameters()}
@@ -57,7 +65,9 @@ def test_each_submodule_is_clipped_by_itself() -> None:
     norms = clip_gradients(parts, 3.0)
     assert float(norms["large"]) == pytest.approx(100 * math.sqrt(12))
     assert float(norms["small"]) == pytest.approx(0.01 * math.sqrt(12))
-    total = math.sqrt(sum(float(p.grad.square().sum()) for p in parts["large"].parameters() if p.grad is not None))
+    total = math.sqrt(
+        sum(float(p.grad.square().sum()) for p in parts["large"].parameters() if p.grad is not None)
+    )
     assert total == pytest.approx(3.0, rel=1e-4)
     assert all(bool((p.grad == 0.01).all()) for p in parts["small"].parameters() if p.grad is not None)
 

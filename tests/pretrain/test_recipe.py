@@ -27,7 +27,10 @@ def test_the_papers_numbers() -> None:
     assert (short.run.batch_size, short.run.steps) == (2048, 125_000)
     assert (long.run.batch_size, long.run.steps) == (3072, 625_000)
     assert (short.optimizer.lr, long.optimizer.lr) == (4e-3, 2e-4)
-    assert (short.optimizer.warmup * short.run.steps, long.optimizer.warmup * long.run.steps) == (12_500, 100_000)
+    assert (short.optimizer.warmup * short.run.steps, long.optimizer.warmup * long.run.steps) == (
+        12_500,
+        100_000,
+    )
     assert (short.optimizer.final_weight_decay, long.optimizer.final_weight_decay) == (0.4, 0.2)
     assert (short.optimizer.layer_decay, long.optimizer.layer_decay) == (0.9, 1.0)
     assert short.optimizer.patch_embed_multiplier == long.optimizer.patch_embed_multiplier == 0.2
@@ -46,7 +49,12 @@ def test_the_papers_numbers() -> None:
     assert (short.model.drop_path, long.model.drop_path) == (0.3, 0.4)
     assert (short.crops.local_size, long.crops.local_size) == (96, 98)
     dino = named_recipe("dino_vits16")
-    assert (dino.loss.ibot, dino.loss.koleo, dino.loss.targets, dino.model.patch_size) == (0, 0, "centering", 16)
+    assert (dino.loss.ibot, dino.loss.koleo, dino.loss.targets, dino.model.patch_size) == (
+        0,
+        0,
+        "centering",
+        16,
+    )
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -97,7 +105,9 @@ def test_text_and_value_mean_the_same(rate: float, steps: int, flag: bool) -> No
 
 
 def test_tuples_and_short_forms() -> None:
-    recipe = override(named_recipe("vits14"), {"crops.blur": "1,0.1,0.5", "optimizer.betas": "[0.9, 0.99]"}, "x")
+    recipe = override(
+        named_recipe("vits14"), {"crops.blur": "1,0.1,0.5", "optimizer.betas": "[0.9, 0.99]"}, "x"
+    )
     assert recipe.crops.blur == (1.0, 0.1, 0.5)
     assert recipe.optimizer.betas == (0.9, 0.99)
 

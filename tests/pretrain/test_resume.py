@@ -26,7 +26,9 @@ QUIET = Console(quiet=True)
 
 def run_here(data: Path, out: Path, **options: Any) -> loop.Run:
     overrides = TINY | {"run.steps": 6} | options.pop("overrides", {})
-    return loop.pretrain(data, out, recipe="tiny", overrides=overrides, device="cpu", console=QUIET, **options)
+    return loop.pretrain(
+        data, out, recipe="tiny", overrides=overrides, device="cpu", console=QUIET, **options
+    )
 
 
 def test_killed_at_any_moment_and_resumed_gives_the_same_losses(
@@ -41,7 +43,9 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_losses(
     moments = random.Random(0)
     for number, rows in enumerate((2, 10, 19)):
         line = again if checkpoint.all_checkpoints(broken / "checkpoints") else first
-        process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 120
         while process.poll() is None and count_rows(broken) < rows and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -66,8 +70,12 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "run"
     overrides = {"run.steps": 100_000, "run.checkpoint_every": 100_000, "run.workers": 1}
-    line = command(str(tile_folder), "--recipe", "tiny", "--device", "cpu", "--out", str(out), overrides=overrides)
-    process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    line = command(
+        str(tile_folder), "--recipe", "tiny", "--device", "cpu", "--out", str(out), overrides=overrides
+    )
+    process = subprocess.Popen(
+        line, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     while process.poll() is None and count_rows(out) < 3:
         time.sleep(0.01)
     process.send_signal(number)
@@ -104,11 +112,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_loadable(
     assert loop.pretrain(resume=out, device="cpu", console=QUIET).metrics[-1]["step"] == 5
 
 
-def test_a_file_size_limit_is_a_full_disk_too(tile_folder: Path, tmp_path: Path, run_pretrain: Runner) -> None:
+def test_a_file_size_limit_is_a_full_disk_too(
+    tile_folder: Path, tmp_path: Path, run_pretrain: Runner
+) -> None:
     line = command(str(tile_folder), "--recipe", "tiny", "--device", "cpu", "--out", str(tmp_path / "run"),
                    overrides={"run.steps": 4, "run.checkpoint_every": 1})  # fmt: skip
     limited = f"ulimit -f 40; trap '' XFSZ; exec {' '.join(line)}"
-    done = subprocess.run(["bash", "-c", limited], env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "-c", limited], env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert "cannot be written" in last
@@ -162,7 +174,7 @@ def test_nothing_readable_is_said_before_training(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "one.jpg").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"holds no image that can be read \(1 tried"):
+    with pytest.raises(UserError, match=r"holds no image that can be read \(1 files tried"):
         run_here(data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -192,11 +204,16 @@ def test_exported_model_is_the_teacher_and_loads_in_transformers(tile_folder: Pa
     with torch.no_grad():
         ours = model(batch)
         found = theirs(batch).last_hidden_state
-    torch.testing.assert_close(torch.cat((ours.cls[:, None], ours.registers, ours.patches), 1), found, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat((ours.cls[:, None], ours.registers, ours.patches), 1), found, atol=1e-5, rtol=0
+    )
 
 
 def test_one_seed_gives_one_run(tile_folder: Path, tmp_path: Path) -> None:
-    runs = [run_here(tile_folder, tmp_path / str(n), seed=n // 2, overrides={"run.workers": n % 2}) for n in range(4)]
+    runs = [
+        run_here(tile_folder, tmp_path / str(n), seed=n // 2, overrides={"run.workers": n % 2})
+        for n in range(4)
+    ]
     first, second, other, same = (losses(run.path) for run in runs)
     assert first == second
     assert other == same
@@ -204,7 +221,9 @@ def test_one_seed_gives_one_run(tile_folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_joins_the_metrics(tile_folder: Path, tmp_path: Path) -> None:
-    run = run_here(tile_folder, tmp_path / "run", evaluation=lambda model: {"depth": float(len(model.blocks))})
+    run = run_here(
+        tile_folder, tmp_path / "run", evaluation=lambda model: {"depth": float(len(model.blocks))}
+    )
     assert run.metrics[-1]["depth"] == 2
 
 
@@ -222,7 +241,9 @@ def test_recipe_of_a_run_runs_again(tile_folder: Path, tmp_path: Path) -> None:
 
 
 def test_step_seeds_differ() -> None:
-    seeds = {loop.step_seed(seed, step, rank) for seed in range(3) for step in range(200) for rank in range(8)}
+    seeds = {
+        loop.step_seed(seed, step, rank) for seed in range(3) for step in range(200) for rank in range(8)
+    }
     assert len(seeds) == 3 * 200 * 8
 
 

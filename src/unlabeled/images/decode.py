@@ -224,12 +224,12 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels of a loaded image, converted band by band."""
     width, height = image.size
     deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-    full = _full_scale(image) if deep else 0.0
-    pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, _BAND // width)
-    for top in range(0, height, rows):
-        whole = rows >= height
-        band = image if whole else image.crop((0, top, width, min(height, top + rows)))
+    tops = range(0, height, rows)
+    full = _full_scale(image, tops) if deep else 0.0
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in tops:
+        band = _band(image, top, rows)
         if deep:
             values = np.nan_to_num(np.asarray(band).astype(np.float32)).clip(0, full)
             pixels[top : top + rows] = (values * (255 / full) + 0.5).astype(np.uint8)[:, :, None]
@@ -238,13 +238,20 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     return pixels
 
 
-def _full_scale(image: Image.Image) -> float:
+def _band(image: Image.Image, top: int, rows: int) -> Image.Image:
+    width, height = image.size
+    return image if rows >= height else image.crop((0, top, width, min(height, top + rows)))
+
+
+def _full_scale(image: Image.Image, tops: range) -> float:
     """What becomes 255: 65535 for integers and 1 for floats, or the image's maximum if that is more."""
-    usual = 1.0 if image.mode == "F" else 65535.0
+    full = 1.0 if image.mode == "F" else 65535.0
     if image.mode.startswith("I;16"):
-        return usual
-    values = np.asarray(image)
-    return float(max(usual, values.max(initial=0, where=np.isfinite(values))))
+        return full
+    for top in tops:
+        values = np.asarray(_band(image, top, tops.step))
+        full = max(full, float(values.max(initial=0, where=np.isfinite(values))))
+    return full
 
 
 def quiet_native_libraries() -> None:

@@ -11,7 +11,14 @@ from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import Source
 from unlabeled.pretrain.crops import CropRecipe
 from unlabeled.pretrain.parallel import Parallel
-from unlabeled.pretrain.recipe import HeadRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe, TeacherRecipe
+from unlabeled.pretrain.recipe import (
+    HeadRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    Recipe,
+    RunRecipe,
+    TeacherRecipe,
+)
 
 
 def filled(recipe: Recipe) -> Recipe:
@@ -38,14 +45,27 @@ def small_images(side: int) -> Recipe:
     patch = 4 if size == 32 else 8
     return Recipe(
         name="small_images",
-        model=ModelRecipe(size="vit_tiny", depth=6, patch_size=patch, layer_scale=1.0),
-        head=HeadRecipe(num_prototypes=1024, bottleneck=128, hidden=512, ibot_num_prototypes=1024, ibot_bottleneck=128),
-        teacher=TeacherRecipe(momentum=0.98, temperature_warmup=0.3),
-        optimizer=OptimizerRecipe(
-            lr=1.5e-3, scaling="none", patch_embed_multiplier=1.0, final_weight_decay=0.1, freeze_last_layer=0.01
+        model=ModelRecipe(size="vit_tiny", depth=4, patch_size=patch, layer_scale=1.0),
+        head=HeadRecipe(
+            num_prototypes=512, bottleneck=32, hidden=512, ibot_num_prototypes=512, ibot_bottleneck=32
         ),
-        crops=CropRecipe(global_size=size, local_size=size // 2, num_locals=4, blur_sigma=(0.1, 1.0)),
-        run=RunRecipe(steps=2000, batch_size=128),
+        teacher=TeacherRecipe(momentum=0.98, temperature=0.02, final_temperature=0.03),
+        optimizer=OptimizerRecipe(
+            lr=2e-3,
+            scaling="none",
+            patch_embed_multiplier=1.0,
+            final_weight_decay=0.1,
+            freeze_last_layer=0.01,
+        ),
+        crops=CropRecipe(
+            global_size=size,
+            local_size=size // 2,
+            num_locals=2,
+            global_scale=(0.4, 1.0),
+            local_scale=(0.1, 0.4),
+            blur_sigma=(0.1, 1.0),
+        ),
+        run=RunRecipe(steps=2000, batch_size=64),
     )
 
 

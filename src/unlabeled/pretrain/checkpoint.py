@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,7 +31,9 @@ from unlabeled.weights.huggingface import save_huggingface
 _NAME = re.compile(r"step_(\d+)$")
 
 
-def save(folder: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer, step: int, keep: int) -> Path:
+def save(
+    folder: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer, step: int, keep: int
+) -> Path:
     """Write the state after `step` steps to folder/step_XXXXXXXX, then drop all but the last `keep`.
 
     It is written beside its place and renamed when whole, so a crash or a full disk leaves the last one good.
@@ -48,7 +51,9 @@ def save(folder: Path, method: SelfDistillation, optimizer: torch.optim.Optimize
             folder.mkdir(parents=True, exist_ok=True)
         parallel.barrier()
         with _quiet():
-            dcp.save(_state(method, optimizer), checkpoint_id=partial, no_dist=not parallel.distributed)
+            state_dict_saver.save(
+                _state(method, optimizer), checkpoint_id=partial, no_dist=not parallel.distributed
+            )
         if parallel.rank == 0:
             (partial / "state.json").write_text(json.dumps({"step": step}))
             _flush(partial)
@@ -70,9 +75,9 @@ def load(path: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer)
     state = _state(method, optimizer)
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=path, no_dist=not method.parallel.distributed)
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=not method.parallel.distributed)
         step = int(json.loads((path / "state.json").read_text())["step"])
-    except (OSError, KeyError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, CheckpointException) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the checkpoint {path} does not load: {first}") from error
     options = StateDictOptions(strict=True)
@@ -88,7 +93,9 @@ def all_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.search(path.name) and (path / "state.json").exists())
+    return sorted(
+        path for path in folder.iterdir() if _NAME.search(path.name) and (path / "state.json").exists()
+    )
 
 
 def export(method: SelfDistillation, folder: Path) -> None:
@@ -113,7 +120,11 @@ def full_teacher(method: SelfDistillation) -> VisionTransformer:
     backbone = VisionTransformer(method.recipe.vit_config())
     if method.parallel.rank == 0:
         backbone.load_state_dict(
-            {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+            {
+                name.removeprefix("backbone."): value
+                for name, value in state.items()
+                if name.startswith("backbone.")
+            }
         )
     return backbone.eval()
 
@@ -132,7 +143,7 @@ def _state(method: SelfDistillation, optimizer: torch.optim.Optimizer) -> dict[s
 def _one_line(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, dcp.api.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         reasons = [error] if isinstance(error, OSError) else list(error.failures.values())
         text = next((str(r[0] if isinstance(r, tuple) else r) for r in reasons), str(error))
         raise UserError(f"{folder} cannot be written: {text}; make room, then resume the run") from error

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -133,7 +133,9 @@ def _prepared(
         raise UserError("no run folder was given: unlabeled pretrain DATA --out RUN")
     folder = Path(out)
     if checkpoint.all_checkpoints(folder / "checkpoints"):
-        raise UserError(f"{folder} holds a run already: resume it with --resume {folder}, or choose another --out")
+        raise UserError(
+            f"{folder} holds a run already: resume it with --resume {folder}, or choose another --out"
+        )
     values = dict(overrides or {})
     named = {"run.steps": steps, "run.seed": seed, "data.train": data, "data.evaluation": evaluation}
     values |= {name: _resolved(value) for name, value in named.items() if value is not None}
@@ -168,7 +170,9 @@ def _resolved(value: Any) -> Any:
     return value
 
 
-def _resumed(folder: Path, data: str | Path | None, overrides: dict[str, Any] | None) -> tuple[Path, Recipe, Source]:
+def _resumed(
+    folder: Path, data: str | Path | None, overrides: dict[str, Any] | None
+) -> tuple[Path, Recipe, Source]:
     if not (folder / "recipe.toml").exists():
         raise UserError(f"{folder} is no run folder: it has no recipe.toml")
     plan = read_recipe(folder / "recipe.toml")
@@ -177,12 +181,19 @@ def _resumed(folder: Path, data: str | Path | None, overrides: dict[str, Any] | 
     harmless = {name: value for name, value in (overrides or {}).items() if name.startswith("run.")}
     if overrides and len(harmless) < len(overrides):
         other = next(name for name in overrides if name not in harmless)
-        raise UserError(f"--{other} cannot change in a resumed run: start a new one, or edit {folder}/recipe.toml")
+        raise UserError(
+            f"--{other} cannot change in a resumed run: start a new one, or edit {folder}/recipe.toml"
+        )
     return folder, override(plan, harmless, "the command line"), open_source(plan.data.train)
 
 
 def _train(
-    folder: Path, recipe: Recipe, source: Source, parallel: Parallel, evaluate: Evaluation | None, console: Console
+    folder: Path,
+    recipe: Recipe,
+    source: Source,
+    parallel: Parallel,
+    evaluate: Evaluation | None,
+    console: Console,
 ) -> Run:
     run, saved = recipe.run, checkpoint.all_checkpoints(folder / "checkpoints")
     torch.manual_seed(run.seed)
@@ -225,7 +236,9 @@ def _train(
                         progress.say(f"step {step}: {warning}")
             if evaluate and (done % run.eval_every == 0 or done == run.steps):
                 row |= _evaluated(method, evaluate)
-                progress.say(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if "knn" in k))
+                progress.say(
+                    f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if "knn" in k)
+                )
             metrics.add(row)
             progress.update(done, row)
             stopping = parallel.any(bool(received))
@@ -237,7 +250,9 @@ def _train(
                 raise StoppedBySignal(received[0] if received else signal.SIGTERM, folder, done)
             waited_since = time.perf_counter()
     if report.count:
-        console.print(f"{report.count} images could not be read: {folder / 'bad_files.jsonl'}", highlight=False)
+        console.print(
+            f"{report.count} images could not be read: {folder / 'bad_files.jsonl'}", highlight=False
+        )
     console.print(f"{run.steps} steps in {time.perf_counter() - begun:.0f} s: {folder}", highlight=False)
     return Run(folder)
 
@@ -277,7 +292,9 @@ def _knn_evaluation(recipe: Recipe, parallel: Parallel) -> Evaluation | None:
 
     source = open_source(recipe.data.evaluation)
     if source.labels() is None:
-        raise UserError(f"--eval {recipe.data.evaluation} has no labels: class folders or a label column are needed")
+        raise UserError(
+            f"--eval {recipe.data.evaluation} has no labels: class folders or a label column are needed"
+        )
     side = recipe.data.eval_crop or recipe.crops.global_size
     return lambda model: {"knn": split_knn(model, source, crop=side, device=parallel.device)}
 

@@ -31,14 +31,21 @@ def prototype_cross_entropy(
         weights_N: float32.
         temperature: the student's.
     """
-    loss: Tensor = _PrototypeCrossEntropy.apply(bottleneck_NC, prototypes_KC, targets_NK, weights_N, temperature)
+    loss: Tensor = _PrototypeCrossEntropy.apply(
+        bottleneck_NC, prototypes_KC, targets_NK, weights_N, temperature
+    )
     return loss
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, rows_NC: Tensor, prototypes_KC: Tensor, targets_NK: Tensor, weights_N: Tensor, temperature: float
+        context: Any,
+        rows_NC: Tensor,
+        prototypes_KC: Tensor,
+        targets_NK: Tensor,
+        weights_N: Tensor,
+        temperature: float,
     ) -> Tensor:
         """Loss, and both gradients for a gradient of 1: they need the same logits, so making them twice is waste."""
         wanted = any(context.needs_input_grad[:2])
@@ -69,7 +76,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """The saved gradients, scaled."""
         rows, prototypes = context.saved_tensors
         scaled = (prototypes * gradient).to(context.prototypes_dtype)
@@ -137,7 +144,9 @@ def ibot_loss(
         num_crops: global crops of the batch, masked or not: what the sum is divided by.
         temperature: the student's.
     """
-    return prototype_cross_entropy(bottleneck_MC, prototypes_KC, targets_MK, weights_M / num_crops, temperature)
+    return prototype_cross_entropy(
+        bottleneck_MC, prototypes_KC, targets_MK, weights_M / num_crops, temperature
+    )
 
 
 def koleo_loss(features_BD: Tensor, eps: float = 1e-8, group_wide: bool = False) -> Tensor:

@@ -127,7 +127,9 @@ class SelfDistillation(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         self.dino_center = Center(recipe.head.num_prototypes, recipe.loss.center_momentum)
-        ibot_prototypes = recipe.head.num_prototypes if recipe.head.shared else recipe.head.ibot_num_prototypes
+        ibot_prototypes = (
+            recipe.head.num_prototypes if recipe.head.shared else recipe.head.ibot_num_prototypes
+        )
         self.ibot_center = Center(ibot_prototypes, recipe.loss.center_momentum)
         self.to(self.parallel.device)
         self.student, self.teacher = self.parallel.wrap(self.student, self.teacher, recipe.run.sharding)
@@ -135,7 +137,9 @@ class SelfDistillation(nn.Module):
             self.student.compile()
             self.teacher.compile()
 
-    def train_step(self, batch: Batch, optimizer: torch.optim.Optimizer, values: StepValues) -> dict[str, Tensor]:
+    def train_step(
+        self, batch: Batch, optimizer: torch.optim.Optimizer, values: StepValues
+    ) -> dict[str, Tensor]:
         """One step: targets, losses, gradients, optimizer, EMA.
 
         A step whose loss or gradient is not finite on any rank leaves everything as it was.
@@ -186,7 +190,8 @@ class SelfDistillation(nn.Module):
         The DINO loss of the local crops, and everything of the global crops, are separate terms of one sum:
         each is differentiated as soon as it is known, so that activations of both are never held at once.
         """
-        recipe, total = self.recipe, {}
+        recipe = self.recipe
+        total: dict[str, Tensor] = {}
         num_images, num_locals = batch.num_images, recipe.crops.num_locals
         num_pairs = 2 + 2 * num_locals
         targets_VBK = targets.dino_VBK.unflatten(0, (2, num_images))
@@ -211,9 +216,14 @@ class SelfDistillation(nn.Module):
                     )
                     koleo = self._koleo(seen.cls, len(part.images) / num_images)
                     loss = recipe.loss.dino * dino + recipe.loss.koleo * koleo
-                    if part.weights_M is not None:
+                    if part.weights_M is not None and part.ibot_MK is not None:
                         ibot = ibot_loss(
-                            seen.ibot, seen.ibot_prototypes, part.ibot_MK, part.weights_M, 2 * num_images, temperature
+                            seen.ibot,
+                            seen.ibot_prototypes,
+                            part.ibot_MK,
+                            part.weights_M,
+                            2 * num_images,
+                            temperature,
                         )
                         loss = loss + recipe.loss.ibot * ibot
                         _add(total, "ibot", ibot)
@@ -266,7 +276,9 @@ def _parts(batch: Batch, targets: Targets, num_parts: int) -> Iterator[_Part]:
         rows = _rows(images, num_images, 2)
         local_rows = _rows(images, num_images, num_locals)
         if batch.masks_VBN is None or order_M is None or targets.ibot_MK is None:
-            yield _Part(images, batch.globals_VB3HW[rows], batch.locals_VB3HW[local_rows], None, None, None, None)
+            yield _Part(
+                images, batch.globals_VB3HW[rows], batch.locals_VB3HW[local_rows], None, None, None, None
+            )
             continue
         masks = batch.masks_VBN[rows]
         kept = slice(None) if num_parts == 1 else torch.isin(order_M, rows).nonzero().squeeze(1)

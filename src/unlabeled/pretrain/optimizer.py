@@ -43,7 +43,9 @@ def parameter_groups(
     ]
 
 
-def apply_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer_lr: float) -> None:
+def apply_schedule(
+    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer_lr: float
+) -> None:
     """Set each group's learning rate and weight decay for the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ def choose_device(text: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {text} is not on this machine; auto, cpu, cuda and mps may be") from error
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and ":" not in text:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
@@ -37,7 +38,7 @@ def choose_device(text: str = "auto") -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than float32 ones there."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         if hasattr(torch.cpu, "get_capabilities"):
             capability = torch.cpu.get_capabilities()
@@ -93,7 +94,7 @@ class Parallel:
             from torch.distributed.fsdp import fully_shard
 
             for network in (student, teacher):
-                for block in network.backbone.blocks:
+                for block in cast(Any, network).backbone.blocks:
                     fully_shard(block)
             fully_shard(student)
             # No backward pass of the teacher's would shard its root again before the EMA.
@@ -117,9 +118,10 @@ class Parallel:
             with network.no_sync():
                 yield
         elif self.distributed and hasattr(network, "set_requires_gradient_sync"):
-            network.set_requires_gradient_sync(False)
+            sharded = cast(Any, network)
+            sharded.set_requires_gradient_sync(False)
             yield
-            network.set_requires_gradient_sync(True)
+            sharded.set_requires_gradient_sync(True)
         else:
             yield
 

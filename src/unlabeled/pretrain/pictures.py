@@ -52,7 +52,7 @@ def write_pictures(run: Path, data: str | Path | None = None) -> list[Path]:
 
 def loss_curves(rows: list[dict[str, Any]]) -> Figure:
     """Losses, teacher entropy, effective rank and learning rate over the steps of a run."""
-    panels = [
+    panels: list[tuple[str, list[str]]] = [
         ("losses", [name for name in ("loss", "dino", "ibot", "koleo") if name in rows[-1]]),
         ("entropy of the targets, nats", ["teacher_entropy", "target_entropy"]),
         ("effective rank (RankMe)", ["rankme"]),
@@ -86,10 +86,13 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     sums = np.concatenate(([0.0], np.cumsum(values)))
     index = np.arange(len(values))
     low, high = np.maximum(0, index - half), np.minimum(len(values), index + half + 1)
-    return (sums[high] - sums[low]) / (high - low)
+    smooth: NDArray[np.float64] = (sums[high] - sums[low]) / (high - low)
+    return smooth
 
 
-def neighbours(model: VisionTransformer, source: Source, side: int, num_queries: int = 8, k: int = 6) -> Figure:
+def neighbours(
+    model: VisionTransformer, source: Source, side: int, num_queries: int = 8, k: int = 6
+) -> Figure:
     """Some images, and the most similar others by the cosine of their CLS tokens.
 
     Frames tell same label (green) from another (red), where there are labels.

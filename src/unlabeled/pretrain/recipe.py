@@ -300,23 +300,33 @@ def check(recipe: Recipe, where: str) -> None:
     need(run.steps >= 1, "run.steps", f"is {run.steps}, and must be at least 1")
     need(run.batch_size >= 1, "run.batch_size", f"is {run.batch_size}, and must be at least 1")
     need(run.accumulation >= 1, "run.accumulation", f"is {run.accumulation}, and must be at least 1")
-    need(crops.num_globals == 2, "crops.num_globals", f"is {crops.num_globals}; the method has 2 global crops")
+    need(
+        crops.num_globals == 2, "crops.num_globals", f"is {crops.num_globals}; the method has 2 global crops"
+    )
     for name, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
         need(size >= model.patch_size, name, f"is {size}, smaller than a patch of {model.patch_size} pixels")
         multiple = size // model.patch_size * model.patch_size
-        need(size == multiple, name, f"is {size}, not a multiple of the patch ({model.patch_size}); {multiple} is")
+        need(
+            size == multiple,
+            name,
+            f"is {size}, not a multiple of the patch ({model.patch_size}); {multiple} is",
+        )
     for name in ("warmup", "freeze_last_layer"):
         share = getattr(recipe.optimizer, name)
         need(0 <= share <= 1, f"optimizer.{name}", f"is {share}, and is a fraction of the run, in [0, 1]")
     share = recipe.teacher.temperature_warmup
-    need(0 <= share <= 1, "teacher.temperature_warmup", f"is {share}, and is a fraction of the run, in [0, 1]")
+    need(
+        0 <= share <= 1, "teacher.temperature_warmup", f"is {share}, and is a fraction of the run, in [0, 1]"
+    )
     low, high = recipe.loss.mask_ratio
     need(0 < low <= high <= 1, "loss.mask_ratio", f"is {low}, {high}; it needs 0 < low <= high <= 1")
 
 
 def _replaced(node: Any, name: str, value: Any) -> Any:
     first, _, rest = name.partition(".")
-    return dataclasses.replace(node, **{first: _replaced(getattr(node, first), rest, value) if rest else value})
+    return dataclasses.replace(
+        node, **{first: _replaced(getattr(node, first), rest, value) if rest else value}
+    )
 
 
 def _converted(name: str, value: Any, kind: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def draw_crops(image_HW3: NDArray[np.uint8], recipe: CropRecipe, seed: int) -> F
     crops += [*apply_parameters(image_HW3, parameters[num_globals:], recipe.local_size)]
     num_rows = -(-len(crops) // NUM_COLUMNS)
     figure = Figure(figsize=(4.8 + 2.1 * NUM_COLUMNS, max(3.6, 3.1 * num_rows)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(4.8, 2.1 * NUM_COLUMNS))
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(4.8, 2.1 * NUM_COLUMNS)))
     axes = left.subplots()
     axes.imshow(image_HW3)
     axes.set_title(f"{width} x {height} pixels", fontsize=9)
