@@ -2,9 +2,9 @@
 
     python benchmarks/crops.py [TAR] [--images 100] [--repeats 5] [--out benchmarks/results/crops.md]
 
-Rows: ours; the pipeline of the DINOv2 release (Pillow for decoding, resizing and colour, torch for the blur: the
-calls torchvision makes, and its float tensor at the end); the decoders alone, which are the limit. Single-threaded,
-in process CPU time, the rows interleaved so that a noisy machine disturbs all of them alike.
+Rows: ours; the pipeline of the DINOv2 release (Pillow for decoding, resizing and colour, torch for the blur:
+the calls torchvision makes, and its float tensor at the end); the decoders alone, which are the limit.
+Single-threaded, in process CPU time, the rows interleaved so that a noisy machine disturbs all of them alike.
 """
 
 import argparse

@@ -47,7 +47,11 @@ def drawn_values(view: int, width: int, height: int) -> dict[str, object]:
     order = [0, 1, 2, 3]
     random.shuffle(order)
     return {
-        **{"left": left, "top": top, "width": w, "height": h, "order": order},
+        "left": left,
+        "top": top,
+        "width": w,
+        "height": h,
+        "order": order,
         "flip": random.random() < 0.5,
         "jitter": random.random() < 0.8,
         **{

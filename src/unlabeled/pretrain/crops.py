@@ -187,7 +187,7 @@ def apply_parameters(
         uint8 (n, 3, size, size).
 
     Raises:
-        ValueError: a box outside the image, a kernel beyond 17 pixels, an `out` of another shape.
+        ValueError: a box outside the image, a kernel beyond 17 pixels, an `out` whose crops are not contiguous.
     """
     if out is None:
         out = np.empty((len(parameters), 3, size, size), np.uint8)
@@ -207,7 +207,8 @@ def make_crops(
         rng: the only source of randomness.
         out: arrays to write to, each crop contiguous (a slot of a batch will do); new ones if None.
     """
-    parameters = draw_parameters(*image_HW3.shape[:2], recipe, rng)
+    height, width = image_HW3.shape[:2]
+    parameters = draw_parameters(height, width, recipe, rng)
     split, (globals_out, locals_out) = recipe.num_globals, out or (None, None)
     return Crops(
         apply_parameters(image_HW3, parameters[:split], recipe.global_size, globals_out),
