@@ -107,7 +107,7 @@ def demo_recipe() -> Recipe:
     """What `auto` chooses for tiles of this size, for a run of about three minutes on two cores."""
     from unlabeled.pretrain.auto import small_images
 
-    return override(replace(small_images(TILE), name="demo"), {"run.steps": 900}, "the demo")
+    return override(replace(small_images(TILE), name="demo"), {"run.steps": 500}, "the demo")
 
 
 def run_demo(

@@ -29,9 +29,8 @@ TINY = {
 
 
 def command(*arguments: str, overrides: dict[str, Any] | None = None, ranks: int = 0) -> list[str]:
-    options = [
-        text for name, value in (TINY | (overrides or {})).items() for text in (f"--{name}", str(value))
-    ]
+    fields = (overrides or {}) if "--resume" in arguments else TINY | (overrides or {})
+    options = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
     start = [sys.executable, "-m"]
     if ranks:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]

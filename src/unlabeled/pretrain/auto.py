@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
 
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import Source
@@ -18,6 +19,11 @@ from unlabeled.pretrain.recipe import (
     Recipe,
     RunRecipe,
     TeacherRecipe,
+)
+
+SHORT_RUN = 20_000  # steps under which LayerScale and teacher start as small_images has them
+GB_AN_IMAGE = (
+    0.25  # of device memory, ViT-S/14 with 2 x 224 + 8 x 98 crops in bf16; measured 4.7 GB at 16 images
 )
 
 
@@ -36,13 +42,16 @@ def filled(recipe: Recipe) -> Recipe:
 
 
 def small_images(side: int) -> Recipe:
-    """For images of up to 96 pixels a side, and short runs: a small backbone that starts to learn at once.
+    """For small crops and short runs: a small backbone that starts to learn at once.
 
     Against the ImageNet recipes: LayerScale starts at 1 and the teacher follows faster, for a run of a thousand steps
-    cannot wait for either; prototypes are few, since a batch of some hundred crops cannot tell thousands apart.
+    cannot wait for either; prototypes are few, since a batch of some hundred crops cannot tell thousands apart; the
+    narrow bottleneck and the low temperatures make targets that say something from the first step on.
+
+    Args:
+        side: short side of the images, pixels.
     """
-    size = 32 if side < 48 else 48 if side <= 64 else 64
-    patch = 4 if size == 32 else 8
+    size, patch = (32, 4) if side < 48 else (48, 8) if side <= 64 else (64, 8) if side <= 96 else (96, 16)
     return Recipe(
         name="small_images",
         model=ModelRecipe(size="vit_tiny", depth=4, patch_size=patch, layer_scale=1.0),
@@ -63,16 +72,69 @@ def small_images(side: int) -> Recipe:
             num_locals=2,
             global_scale=(0.4, 1.0),
             local_scale=(0.1, 0.4),
-            blur_sigma=(0.1, 1.0),
+            blur_sigma=(0.1, size / 48),
         ),
         run=RunRecipe(steps=2000, batch_size=64),
     )
 
 
 def choose(source: Source, parallel: Parallel, values: dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """A recipe for this data on this machine."""
-    side = median_side(source)
-    return small_images(side), [f"{len(source)} images, median short side {side} pixels"]
+    """A recipe for this data on this machine.
+
+    Args:
+        source: the images.
+        parallel: device and ranks.
+        values: the user's own fields; a given run.steps or run.batch_size is what the rest is fitted to.
+
+    Returns:
+        The recipe, and a line for each choice with its reason.
+    """
+    count, side = len(source), median_side(source)
+    on_gpu = parallel.device.type == "cuda"
+    reasons = [f"{count} images, median short side {side} pixels, on {parallel.device} x {parallel.world}"]
+    if on_gpu and side > 96:
+        recipe = _photographs(count, parallel)
+        reasons.append("ViT-S/14 at 224 pixels: a GPU and photographs")
+    else:
+        recipe = small_images(side)
+        crops, patch = recipe.crops, recipe.model.patch_size
+        why = (
+            "images are no larger"
+            if side <= 96
+            else f"this many pixels are what a {parallel.device.type} is good for"
+        )
+        reasons.append(f"4 blocks of width 192, {crops.global_size}-pixel crops, patch {patch}: {why}")
+    batch = int(values.get("run.batch_size", recipe.run.batch_size))
+    default = int(np.clip(20 * count / batch, 1000, 5000 if not on_gpu else 125_000))
+    steps = int(values.get("run.steps", default))
+    reasons.append(
+        f"{steps} steps of {batch} images: "
+        + ("as asked" if "run.steps" in values else f"{steps * batch / count:.1f} passes over the images")
+    )
+    if recipe.name == "photographs" and steps < SHORT_RUN:
+        recipe = dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, layer_scale=0.1),
+            teacher=dataclasses.replace(recipe.teacher, momentum=0.98),
+        )
+        reasons.append(f"LayerScale starts at 0.1, teacher momentum at 0.98: fewer than {SHORT_RUN} steps")
+    reasons.append(f"{recipe.head.num_prototypes} prototypes: for {count} images")
+    run = dataclasses.replace(recipe.run, steps=steps, batch_size=batch)
+    return dataclasses.replace(recipe, name="auto", run=run), reasons
+
+
+def _photographs(count: int, parallel: Parallel) -> Recipe:
+    """ViT-S/14 as the papers train it, its batch from the device's memory, its prototypes from the number of images."""
+    memory = torch.cuda.get_device_properties(parallel.device).total_memory / 1e9
+    batch = 16 * max(1, int(min(0.8 * memory / GB_AN_IMAGE, 128) // 16)) * parallel.world
+    prototypes = 65536 if count >= 1_000_000 else 16384 if count >= 100_000 else 4096
+    return Recipe(
+        name="photographs",
+        model=ModelRecipe(size="vit_small", drop_path=0.1),
+        head=HeadRecipe(num_prototypes=prototypes, ibot_num_prototypes=prototypes),
+        optimizer=OptimizerRecipe(layer_decay=0.9),
+        run=RunRecipe(batch_size=batch),
+    )
 
 
 def median_side(source: Source, count: int = 32) -> int:

@@ -31,9 +31,8 @@ def prototype_cross_entropy(
         weights_N: float32.
         temperature: the student's.
     """
-    loss: Tensor = _PrototypeCrossEntropy.apply(
-        bottleneck_NC, prototypes_KC, targets_NK, weights_N, temperature
-    )
+    arguments = (bottleneck_NC, prototypes_KC, targets_NK, weights_N, temperature)
+    loss: Tensor = _PrototypeCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
 
