@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 import torch
-from machine import device_name, gemm_rate, peak_memory
 
+from machine import device_name, gemm_rate, peak_memory
 from unlabeled.pretrain.data import step_masks
 from unlabeled.pretrain.loop import make_optimizer
 from unlabeled.pretrain.method import Batch, SelfDistillation
