@@ -11,6 +11,7 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-std=c11",
+                "-fno-wrapv",  # Python adds -fwrapv, which makes these loops 3.5 times slower
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 "-ffinite-math-only",
