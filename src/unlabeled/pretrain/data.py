@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unlabeled.errors import UserError
 from unlabeled.images.bad_files import BadFiles
-from unlabeled.images.decode import BadImage, decode
+from unlabeled.images.decode import BadImage, decode, quiet_native_libraries
 from unlabeled.images.order import ShuffledOrder
 from unlabeled.images.sources import Source
 from unlabeled.pretrain.crops import CropRecipe, make_crops
@@ -113,6 +113,7 @@ def _start_worker(_: int) -> None:
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    quiet_native_libraries()
     # The main process decides when a run stops: it finishes its step and tells the workers.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
@@ -138,7 +139,7 @@ def batches(
     run = recipe.run
     if run.batch_size % parallel.world:
         raise UserError(f"run.batch_size {run.batch_size} does not divide by {parallel.world} ranks")
-    order = ShuffledOrder(len(source), run.seed, block_starts=source.block_starts)
+    order = ShuffledOrder(len(source), run.seed, block_starts=source.block_starts, window=source.window)
     workers = choose_workers(parallel) if run.workers < 0 else run.workers
     loader = DataLoader(
         CropDataset(source, recipe.crops, order, run.seed),
