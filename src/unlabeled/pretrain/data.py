@@ -17,7 +17,7 @@ from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.decode import BadImage, decode, quiet_native_libraries
 from unlabeled.images.order import ShuffledOrder
 from unlabeled.images.sources import Source
-from unlabeled.pretrain.crops import CropRecipe, make_crops
+from unlabeled.pretrain.crops import CropRecipe, Crops, make_crops, smallest_side
 from unlabeled.pretrain.masks import block_masks
 from unlabeled.pretrain.method import Batch
 from unlabeled.pretrain.parallel import Parallel
@@ -60,8 +60,8 @@ class CropDataset(Dataset[CropBatch]):
             zip(positions, self.order.indices(np.asarray(positions)), strict=True)
         ):
             rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, position])))
-            crops = make_crops(self._image(int(index), rng, bad), recipe, rng)
-            globals_VB3HW[:, slot], locals_VB3HW[:, slot] = crops.globals, crops.locals
+            place = Crops(globals_VB3HW[:, slot], locals_VB3HW[:, slot])
+            make_crops(self._image(int(index), rng, bad), recipe, rng, out=place)
         return CropBatch(
             torch.from_numpy(globals_VB3HW.reshape(-1, 3, size, size)),
             torch.from_numpy(locals_VB3HW.reshape(-1, 3, local, local)),
@@ -76,7 +76,7 @@ class CropDataset(Dataset[CropBatch]):
                 bad.append((f"image {index}", f"unreadable: {error}"))
             else:
                 try:
-                    return decode(sample.data)
+                    return decode(sample.data, smallest_side(self.recipe))
                 except BadImage as error:
                     bad.append((sample.key, str(error)))
             index = int(rng.integers(len(self.source)))

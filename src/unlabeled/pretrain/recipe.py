@@ -219,7 +219,7 @@ def _named() -> dict[str, Recipe]:
                 lr=5e-4, scaling="linear", reference_batch=256, patch_embed_multiplier=1.0, freeze_last_layer=0.01
             ),
             crops=CropRecipe(
-                global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_size=96, blur=(1.0, 0.1, 0.5)
+                global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_size=96, blur=(1.0, 0.1, 0.5), blur_kernel=17
             ),
             run=RunRecipe(steps=125_000, batch_size=1024),
         ),
