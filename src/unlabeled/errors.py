@@ -1,5 +1,20 @@
 """The one error a user is meant to read."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake in what the user gave: one line saying what was wrong, where, and what would be right."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the failure of a write (a full disk, no permission) into a UserError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error

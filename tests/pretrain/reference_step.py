@@ -110,3 +110,41 @@ def koleo(rows: list[Tensor]) -> Tensor:
         distances = [torch.sqrt(((row - other) ** 2).sum()) for j, other in enumerate(unit) if j != i]
         total = total - torch.log(min(distances, key=lambda value: value.item()) + 1e-8)
     return total / len(unit)
+
+
+def clipped(gradients: Parameters, names: list[str], highest: float) -> float:
+    """Scale the named gradients together to a norm of at most `highest`; the norm before."""
+    norm = math.sqrt(sum(float((gradients[name] ** 2).sum()) for name in names))
+    if norm > highest:
+        for name in names:
+            # torch's clipping adds 1e-6 to the norm.
+            gradients[name] = gradients[name] * highest / (norm + 1e-6)
+    return norm
+
+
+def rate_of(name: str, depth: int, layer_decay: float, patch_embed_multiplier: float) -> float:
+    """What a parameter's learning rate is multiplied by; the embeddings are layer 0, block i is layer i + 1."""
+    parts = name.split(".")
+    if parts[0] != "backbone" or parts[1] == "norm":
+        return 1.0
+    layer = int(parts[2]) + 1 if parts[1] == "blocks" else 0
+    rate = 1.0
+    for _ in range(depth + 1 - layer):
+        rate *= layer_decay
+    return rate * patch_embed_multiplier if parts[1] == "patch_embed" else rate
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: not to biases, norms and LayerScale."""
+    last = name.split(".")[-1]
+    return last not in ("bias", "gamma") and "norm" not in name
+
+
+def adamw(value: Tensor, gradient: Tensor, state: dict[str, Tensor], number: int, rate: float, decay: float,
+          betas: tuple[float, float]) -> Tensor:  # fmt: skip
+    """The parameter after AdamW's step `number` (1, 2, ...); state keeps both moments (1711.05101)."""
+    first = betas[0] * state.get("first", torch.zeros_like(value)) + (1 - betas[0]) * gradient
+    second = betas[1] * state.get("second", torch.zeros_like(value)) + (1 - betas[1]) * gradient**2
+    state["first"], state["second"] = first, second
+    first, second = first / (1 - betas[0] ** number), second / (1 - betas[1] ** number)
+    return value - rate * decay * value - rate * first / (torch.sqrt(second) + 1e-8)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.pretrain import reference_step as plain
 from unlabeled.pretrain.loop import make_optimizer
 from unlabeled.pretrain.masks import block_masks
-from unlabeled.pretrain.method import Batch, SelfDistillation
+from unlabeled.pretrain.method import Batch, SelfDistillation, Targets
 from unlabeled.pretrain.optimizer import apply_schedule
 from unlabeled.pretrain.recipe import Recipe, named_recipe, override
 from unlabeled.pretrain.schedules import StepValues
@@ -73,7 +73,8 @@ def positions(p: plain.Parameters, side: int, antialias: bool) -> Tensor:
 
 
 def reference_losses(recipe: Recipe, student: plain.Parameters, teacher: plain.Parameters, batch: Batch,
-                     centers: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], list[list[Tensor]]]:  # fmt: skip
+                     centers: tuple[Tensor, Tensor], temperature: float,
+                     ) -> tuple[dict[str, Tensor], list[list[Tensor]]]:  # fmt: skip
     antialias = recipe.model.num_registers > 0
     first_patch = 1 + recipe.model.num_registers
     ibot_head = "dino_head." if recipe.head.shared else "ibot_head."
@@ -91,11 +92,11 @@ def reference_losses(recipe: Recipe, student: plain.Parameters, teacher: plain.P
                 hidden = [one[first_patch + number] for number in range(16) if mask[number]]
                 ibot_logits += [plain.head_logits(teacher, token, ibot_head) for token in hidden]
         if recipe.loss.targets == "sinkhorn":
-            dino_targets = plain.sinkhorn(dino_logits, VALUES.teacher_temperature, 3)
-            ibot_targets = plain.sinkhorn(ibot_logits, VALUES.teacher_temperature, 3) if ibot_logits else []
+            dino_targets = plain.sinkhorn(dino_logits, temperature, 3)
+            ibot_targets = plain.sinkhorn(ibot_logits, temperature, 3) if ibot_logits else []
         else:
-            dino_targets = plain.centred(dino_logits, centers[0], VALUES.teacher_temperature)
-            ibot_targets = plain.centred(ibot_logits, centers[1], VALUES.teacher_temperature)
+            dino_targets = plain.centred(dino_logits, centers[0], temperature)
+            ibot_targets = plain.centred(ibot_logits, centers[1], temperature)
 
     views: list[list[Tensor]] = [[], []]  # (V, B) student logits
     cls: list[list[Tensor]] = [[], []]
@@ -134,85 +135,144 @@ def doubled(network: torch.nn.Module) -> plain.Parameters:
     return {name: value.detach().double().clone() for name, value in network.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"loss__targets": "centering", "head__shared": False, "model__num_registers": 4},
-        {"loss__ibot": 0.0, "loss__koleo": 0.0, "loss__targets": "centering"},
-    ],
-    ids=["sinkhorn, shared head", "centering, own heads, registers", "DINO v1"],
+CASES = {
+    "sinkhorn, shared head": {},
+    "sinkhorn, own heads, registers": {"head__shared": False, "model__num_registers": 4},
+    "centering, shared head, registers": {"loss__targets": "centering", "model__num_registers": 4},
+    "centering, own heads": {"loss__targets": "centering", "head__shared": False},
+    "DINO v1": {"loss__ibot": 0.0, "loss__koleo": 0.0, "loss__targets": "centering"},
+}
+SECOND = StepValues(
+    lr=2e-2, last_layer_lr=0.0, weight_decay=0.3, teacher_momentum=0.7, teacher_temperature=0.05
 )
-def test_one_step_is_the_plain_reference(overrides: dict[str, Any]) -> None:
-    recipe = recipe_of(**overrides)
-    method, batch = made(recipe)
-    student, teacher = doubled(method.student), doubled(method.teacher)
-    for parameter in student.values():
-        parameter.requires_grad_()
-    centers = (method.dino_center.center.double(), method.ibot_center.center.double())
-    expected, teacher_logits = reference_losses(recipe, student, teacher, batch, centers)
-    weights = {"dino": 1.0, "ibot": recipe.loss.ibot, "koleo": recipe.loss.koleo}
-    total = sum(weights[name] * value for name, value in expected.items())
-    assert isinstance(total, Tensor)
-    total.backward()
 
+
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_steps_are_the_plain_reference(
+    dtype: torch.dtype, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps: the second one's moments, centres, frozen prototypes and schedules are not the first one's.
+
+    float64 is the whole method with nothing left to rounding. float32 is as it runs: there the reference takes
+    the method's state before each step, and its gradients for AdamW, which turns a rounded sign into a full step.
+    """
+    exact = dtype == torch.float64
+    if exact:
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+    try:
+        _two_steps(recipe_of(**overrides), exact)
+    finally:
+        if exact:
+            torch.set_default_dtype(default)
+
+
+def _two_steps(recipe: Recipe, exact: bool) -> None:
+    method, batch = made(recipe)
+    state = student, teacher, centers = _state(method)
+    optimizer = make_optimizer(method)
+    taken: plain.Parameters = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: taken.update(
+            {
+                name: p.grad.double().clone()
+                for name, p in method.student.named_parameters()
+                if p.grad is not None
+            }
+        )
+    )
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name in student}
+    for number, values in enumerate((VALUES, SECOND), 1):
+        taken.clear()
+        apply_schedule(optimizer, values.lr, values.weight_decay, values.last_layer_lr)
+        found = method.train_step(batch, optimizer, values)
+        if not exact:
+            student, teacher, centers = state
+        rate = recipe.optimizer
+        losses, gradients, centers = _reference_gradients(recipe, student, teacher, batch, centers, values)
+        for name, loss in losses.items():
+            assert float(found[name]) == pytest.approx(float(loss), rel=1e-9 if exact else 1e-5), name
+        for part in ("backbone", "dino_head", "ibot_head"):
+            names = [name for name in gradients if name.startswith(part + ".")]
+            assert bool(names) == (f"gradient_{part}" in found)
+            if names:
+                norm = plain.clipped(gradients, names, rate.clip)
+                assert norm > rate.clip, "nothing is clipped here"
+                assert float(found[f"gradient_{part}"]) == pytest.approx(norm, rel=1e-9 if exact else 1e-4)
+        near = {"rtol": 1e-8, "atol": 1e-11} if exact else {"rtol": 2e-3, "atol": 2e-6}
+        assert set(taken) == set(gradients)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(taken[name], gradient, **near, msg=name)
+        for name, gradient in (gradients if exact else taken).items():
+            lr = values.last_layer_lr if "last_layer" in name else values.lr
+            lr *= plain.rate_of(name, DEPTH, rate.layer_decay, rate.patch_embed_multiplier)
+            decay = values.weight_decay if plain.decays(name) else 0.0
+            student[name] = plain.adamw(
+                student[name].detach(), gradient, moments[name], number, lr, decay, rate.betas
+            )
+        for name in teacher:
+            momentum = values.teacher_momentum
+            teacher[name] = momentum * teacher[name] + (1 - momentum) * student[name].detach()
+        state = _state(method)
+        near = {"rtol": 1e-7, "atol": 1e-9} if exact else {"rtol": 1e-4, "atol": 2e-6}
+        for name in student:
+            torch.testing.assert_close(state[0][name], student[name].detach(), **near, msg=name)
+            torch.testing.assert_close(state[1][name], teacher[name], **near, msg=name)
+        for now, center in zip(state[2], centers, strict=True):
+            torch.testing.assert_close(now, center, **near)
+
+
+def _state(method: SelfDistillation) -> tuple[plain.Parameters, plain.Parameters, list[Tensor]]:
+    centers = [center.center.double().clone() for center in (method.dino_center, method.ibot_center)]
+    return doubled(method.student), doubled(method.teacher), centers
+
+
+def _reference_gradients(
+    recipe: Recipe, student: plain.Parameters, teacher: plain.Parameters, batch: Batch,
+    centers: list[Tensor], values: StepValues,
+) -> tuple[dict[str, Tensor], plain.Parameters, list[Tensor]]:  # fmt: skip
+    """Losses, gradients by name, and the centres after the step."""
+    for name in student:
+        student[name] = student[name].detach().requires_grad_()
+    losses, logits = reference_losses(
+        recipe, student, teacher, batch, (centers[0], centers[1]), values.teacher_temperature
+    )
+    weights = {"dino": recipe.loss.dino, "ibot": recipe.loss.ibot, "koleo": recipe.loss.koleo}
+    losses = {name: value for name, value in losses.items() if weights[name]}
+    total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+    total.backward()
+    gradients = {name: value.grad for name, value in student.items() if value.grad is not None}
+    if recipe.loss.targets == "centering":
+        centers = [
+            0.9 * center + 0.1 * torch.stack(rows).mean(0) if rows else center
+            for center, rows in zip(centers, logits, strict=True)
+        ]
+    return {name: value.detach() for name, value in (losses | {"loss": total}).items()}, gradients, centers
+
+
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_a_step_that_is_not_finite_changes_nothing(targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, batch = made(recipe_of(loss__targets=targets, head__shared=False))
     optimizer = make_optimizer(method)
     apply_schedule(optimizer, VALUES.lr, VALUES.weight_decay, VALUES.last_layer_lr)
-    gradients: dict[str, Tensor] = {}
-    optimizer.register_step_pre_hook(lambda *_: gradients.update(
-        {name: p.grad.clone() for name, p in method.student.named_parameters() if p.grad is not None}))  # fmt: skip
-    found = method.train_step(batch, optimizer, VALUES)
+    assert method.train_step(batch, optimizer, VALUES)["finite"]
+    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    real = method.backward
 
-    assert float(found["loss"]) == pytest.approx(float(total), rel=1e-5)
-    for name, value in expected.items():
-        if weights[name]:
-            assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+    def broken(batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        losses = real(batch, targets)
+        next(method.student.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+        return losses
 
-    # Clipping: each submodule by its own norm.
-    for module in ("backbone", "dino_head", "ibot_head"):
-        names = [name for name in student if name.startswith(module + ".") and student[name].grad is not None]
-        if not names:
-            continue
-        norm = math.sqrt(sum(float(student[name].grad.square().sum()) for name in names))  # type: ignore[union-attr]
-        assert float(found[f"gradient_{module}"]) == pytest.approx(norm, rel=1e-4)
-        scale = min(1.0, 0.5 / (norm + 1e-6))
-        for name in names:
-            grad = student[name].grad
-            assert grad is not None
-            grad *= scale
-            torch.testing.assert_close(gradients[name].double(), grad, rtol=2e-3, atol=2e-6, msg=name)
-
-    # AdamW's first step: bias-corrected moments are the gradient and its square.
-    after = doubled(method.student)
-    for name, before in student.items():
-        grad = gradients.get(name)
-        if grad is None:
-            assert torch.equal(after[name], before.detach())
-            continue
-        rate = VALUES.last_layer_lr if "last_layer" in name else VALUES.lr
-        layer = DEPTH + 1
-        if name.startswith("backbone.blocks."):
-            layer = int(name.split(".")[2]) + 1
-        elif name.startswith("backbone.") and ".norm." not in name:
-            layer = 0
-        rate *= 0.8 ** (DEPTH + 1 - layer) * (0.2 if "patch_embed" in name else 1)
-        exempt = before.ndim == 1 or name.endswith((".bias", ".gamma"))
-        value = before.detach() * (1 - rate * (0 if exempt else VALUES.weight_decay))
-        value = value - rate * grad.double() / (grad.double().abs() + 1e-8)
-        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=2e-6, msg=name)
-
-    moved = doubled(method.teacher)
-    for name, before in teacher.items():
-        torch.testing.assert_close(
-            moved[name], 0.9 * before + 0.1 * after[name], rtol=1e-5, atol=1e-6, msg=name
-        )
-    if recipe.loss.targets == "centering":
-        for center, before, logits in zip(
-            (method.dino_center, method.ibot_center), centers, teacher_logits, strict=True
-        ):
-            if logits:
-                expected_center = 0.9 * before + 0.1 * torch.stack(logits).mean(0)
-                torch.testing.assert_close(center.center.double(), expected_center, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(method, "backward", broken)
+    assert not method.train_step(batch, optimizer, VALUES)["finite"]
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    after = [value for state in optimizer.state.values() for value in state.values()]
+    assert all(torch.equal(*pair) for pair in zip(after, moments, strict=True))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])

@@ -253,3 +253,14 @@ def test_recipe_is_checked_before_anything_is_written(tile_folder: Path, tmp_pat
     with pytest.raises(UserError, match="not a multiple"):
         run_here(tile_folder, tmp_path / "run", overrides={"crops.global_size": 33})
     assert not (tmp_path / "run").exists()
+
+
+def test_denormal_numbers_are_as_they_were_after_a_run(tile_folder: Path, tmp_path: Path) -> None:
+    smallest = torch.finfo(torch.float32).tiny
+    for flushed in (False, True):
+        torch.set_flush_denormal(flushed)
+        try:
+            run_here(tile_folder, tmp_path / str(flushed), steps=1)
+            assert bool(torch.tensor(smallest) * 0.5 == 0) is flushed
+        finally:
+            torch.set_flush_denormal(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from unlabeled.errors import UserError
+from unlabeled.errors import UserError, writing
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
 from unlabeled.images.sources import Source
 
@@ -37,9 +37,10 @@ class BadFiles:
         if key not in self.keys:
             self.keys.add(key)
             line = json.dumps({"key": key, "reason": reason}) + "\n"
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write((b"\n" if unfinished else b"") + line.encode())
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab") as file:
+                    file.write((b"\n" if unfinished else b"") + line.encode())
 
     def _catch_up(self) -> bool:
         """Read the lines that are new in the file; whether the last one is unfinished."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unlabeled.errors import UserError
+from unlabeled.errors import UserError, writing
 from unlabeled.images.bad_files import BadFiles, first_readable
 from unlabeled.images.sources import Source, open_source
 from unlabeled.pretrain import auto, checkpoint
@@ -25,7 +25,7 @@ from unlabeled.pretrain.health import CollapseWatch, figures
 from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.metrics import Metrics
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
-from unlabeled.pretrain.parallel import Parallel
+from unlabeled.pretrain.parallel import Parallel, denormals_flushed
 from unlabeled.pretrain.progress import TrainingProgress
 from unlabeled.pretrain.recipe import Recipe, check, named_recipe, override, read_recipe, write_recipe
 from unlabeled.pretrain.schedules import values_at
@@ -115,7 +115,8 @@ def pretrain(
         folder, plan, source = _resumed(Path(resume), data, overrides)
     else:
         folder, plan, source = _prepared(data, out, recipe, steps, eval, seed, overrides, parallel, console)
-    return _train(folder, plan, source, parallel, evaluation or _knn_evaluation(plan, parallel), console)
+    with denormals_flushed():
+        return _train(folder, plan, source, parallel, evaluation or _knn_evaluation(plan, parallel), console)
 
 
 def _prepared(
@@ -157,8 +158,9 @@ def _prepared(
     plan = auto.filled(plan)
     check(plan, "the recipe")
     if parallel.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(plan, folder / "recipe.toml")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_recipe(plan, folder / "recipe.toml")
     parallel.barrier()
     return folder, plan, source
 
@@ -206,6 +208,8 @@ def _train(
     with _signals() as received, TrainingProgress(console, start, run.steps) as progress, metrics:
         if start:
             progress.say(f"resumed from step {start}")
+        if start >= run.steps:  # killed between its last checkpoint and its model
+            checkpoint.export(method, folder / "model")
         waited_since = time.perf_counter()
         for step, batch in batches(source, recipe, parallel, start, report):
             waited, begun_step = time.perf_counter() - waited_since, time.perf_counter()

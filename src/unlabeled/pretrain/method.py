@@ -153,6 +153,8 @@ class SelfDistillation(nn.Module):
             Scalars, averaged over ranks: loss, dino, ibot, koleo, gradient norms, and `finite` (1 or 0);
             and from this rank `targets` (2B, K) and `teacher_cls` (2B, D).
         """
+        centers = (self.dino_center.center, self.ibot_center.center)
+        before = [center.clone() for center in centers]
         targets = self.teacher_targets(batch, values.teacher_temperature)
         optimizer.zero_grad(set_to_none=True)
         losses = self.backward(batch, targets)
@@ -162,6 +164,9 @@ class SelfDistillation(nn.Module):
         if finite:
             optimizer.step()
             update_teacher(self.teacher, self.student, values.teacher_momentum)
+        else:
+            for center, value in zip(centers, before, strict=True):
+                center.copy_(value)
         return scalars | {"finite": finite, "targets": targets.dino_VBK, "teacher_cls": targets.cls_VBD}
 
     @torch.no_grad()

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from unlabeled.errors import UserError, writing
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -20,6 +22,9 @@ class Metrics:
         folder: the run folder.
         start: the first step that will be written.
         writes: False on ranks other than 0.
+
+    Raises:
+        UserError: here and in every method, the disk is full or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, start: int, writes: bool) -> None:
@@ -29,18 +34,27 @@ class Metrics:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
-        _keep_before(path, start)
-        self.file = path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        self.path = folder / "metrics.jsonl"
+        with writing(folder):
+            _keep_before(self.path, start)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self.file and self.writer:
-            self.file.close()
-            self.writer.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not (self.file and self.writer):
+            return
+        for part in (self.file, self.writer):
+            try:
+                with writing(self.path.parent):
+                    part.close()
+            except UserError:  # closing writes what is left; what stopped the run says more
+                if error is None:
+                    raise
 
     def add(self, row: dict[str, Any]) -> None:
         """One step's row; it is in the file when this returns."""
@@ -48,16 +62,18 @@ class Metrics:
             return
         # JSON has no NaN: a figure that is not finite is null.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
-        for name, value in finite.items():
-            if name != "step" and value is not None:
-                self.writer.add_scalar(name, value, row["step"])
+        with writing(self.path.parent):
+            self.file.write(json.dumps(finite) + "\n")
+            self.file.flush()
+            for name, value in finite.items():
+                if name != "step" and value is not None:
+                    self.writer.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
         """On the disk, before a checkpoint counts on it."""
         if self.file:
-            os.fsync(self.file.fileno())
+            with writing(self.path):
+                os.fsync(self.file.fileno())
 
 
 def _keep_before(path: Path, start: int) -> None:
