@@ -34,7 +34,8 @@ from unlabeled.pretrain.loop import make_optimizer, step_seed
 from unlabeled.pretrain.method import Batch, SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule
 from unlabeled.pretrain.parallel import Parallel, denormals_flushed
-from unlabeled.pretrain.recipe import Recipe, named_recipe, override
+from unlabeled.pretrain.recipe import Recipe, override
+from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.schedules import values_at
 from unlabeled.vit import SUBSET_DROP_PATH
 

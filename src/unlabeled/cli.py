@@ -119,7 +119,7 @@ def info(
 
 
 def _info_recipes(as_json: bool) -> None:
-    from unlabeled.pretrain.recipe import RECIPE_NAMES, named_recipe
+    from unlabeled.pretrain.recipes import RECIPE_NAMES, named_recipe
 
     recipes = {name: named_recipe(name) for name in RECIPE_NAMES if name != "auto"}
     rows: dict[str, dict[str, Any]] = {}
@@ -153,7 +153,8 @@ def show_crops(
 ) -> None:
     """One image and the crops a recipe makes of it."""
     from unlabeled.images.decode import BadImage, decode
-    from unlabeled.pretrain.recipe import named_recipe, override, read_recipe
+    from unlabeled.pretrain.recipe import override
+    from unlabeled.pretrain.recipes import named_recipe, read_recipe
     from unlabeled.pretrain.show_crops import write_crops
 
     plan = read_recipe(Path(recipe)) if recipe.endswith(".toml") else named_recipe(recipe)

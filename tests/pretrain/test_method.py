@@ -14,7 +14,8 @@ from unlabeled.pretrain.loop import make_optimizer
 from unlabeled.pretrain.masks import block_masks
 from unlabeled.pretrain.method import Batch, SelfDistillation, Targets
 from unlabeled.pretrain.optimizer import apply_schedule
-from unlabeled.pretrain.recipe import Recipe, named_recipe, override
+from unlabeled.pretrain.recipe import Recipe, override
+from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.schedules import StepValues
 
 PATCH, DEPTH, HEADS, IMAGES, LOCALS = 4, 2, 2, 3, 3

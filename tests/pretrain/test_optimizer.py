@@ -9,7 +9,8 @@ from torch import nn
 from unlabeled.pretrain.head import ProjectionHead
 from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule, clip_gradients, parameter_groups, update_teacher
-from unlabeled.pretrain.recipe import named_recipe, override
+from unlabeled.pretrain.recipe import override
+from unlabeled.pretrain.recipes import named_recipe
 
 TINY = {
     "model.depth": 3,

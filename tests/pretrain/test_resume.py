@@ -18,7 +18,8 @@ from unlabeled.errors import UserError
 from unlabeled.images.decode import decode
 from unlabeled.pretrain import checkpoint, loop
 from unlabeled.pretrain.method import SelfDistillation
-from unlabeled.pretrain.recipe import named_recipe, override
+from unlabeled.pretrain.recipe import override
+from unlabeled.pretrain.recipes import named_recipe
 
 STEPS = {"run.steps": 30, "run.checkpoint_every": 3, "run.health_every": 5, "model.drop_path": 0.2}
 QUIET = Console(quiet=True)

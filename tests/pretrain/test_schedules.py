@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from unlabeled.pretrain.recipe import named_recipe, override
+from unlabeled.pretrain.recipe import override
+from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.schedules import cosine, cosine_warmup, linear_warmup, values_at
 
 

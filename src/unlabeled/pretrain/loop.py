@@ -27,7 +27,8 @@ from unlabeled.pretrain.metrics import Metrics
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
 from unlabeled.pretrain.parallel import Parallel, denormals_flushed
 from unlabeled.pretrain.progress import TrainingProgress
-from unlabeled.pretrain.recipe import Recipe, check, named_recipe, override, read_recipe, write_recipe
+from unlabeled.pretrain.recipe import Recipe, check, override
+from unlabeled.pretrain.recipes import named_recipe, read_recipe, write_recipe
 from unlabeled.pretrain.schedules import values_at
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model

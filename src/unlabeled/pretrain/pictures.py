@@ -14,7 +14,7 @@ from unlabeled.features.extract import extract
 from unlabeled.features.look import patch_pca
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import Source, open_source
-from unlabeled.pretrain.recipe import read_recipe
+from unlabeled.pretrain.recipes import read_recipe
 from unlabeled.weights.load import load_model
 
 if TYPE_CHECKING:
