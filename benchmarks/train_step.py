@@ -195,7 +195,7 @@ def measure_ours(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     masked: list[float] = []
     for step, batch in step_batches(recipe, options.tar, parallel):
         values = values_at(recipe, step)
-        apply_schedule(optimizer, values.lr, values.weight_decay, values.last_layer_lr)
+        apply_schedule(optimizer, values)
         torch.manual_seed(step_seed(0, step, 0))
         loss = method.train_step(batch, optimizer, values)["loss"].item()
         if device.type == "cuda":

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from unlabeled import evaluate as evaluate
     from unlabeled.errors import UserError as UserError
     from unlabeled.pretrain.loop import Run as Run
+    from unlabeled.pretrain.loop import distill as distill
     from unlabeled.pretrain.loop import pretrain as pretrain
     from unlabeled.vit import Tokens as Tokens
     from unlabeled.vit import VisionTransformer as VisionTransformer
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "UserError": "unlabeled.errors",
     "Run": "unlabeled.pretrain.loop",
+    "distill": "unlabeled.pretrain.loop",
     "Tokens": "unlabeled.vit",
     "VisionTransformer": "unlabeled.vit",
     "load_model": "unlabeled.weights.load",

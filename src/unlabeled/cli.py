@@ -16,6 +16,8 @@ from unlabeled.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from unlabeled.pretrain.loop import Run
+
 app = typer.Typer(
     help="DINOv2, complete: learn image features without labels and put them to work.",
     no_args_is_help=True,
@@ -46,7 +48,13 @@ def pretrain(
         str, typer.Option(help="A recipe's name or TOML file; `unlabeled info recipes` lists them.")
     ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, over the recipe's.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="MODEL to train on from; of a run folder, its heads too.")
+    ] = None,
     eval: Annotated[str | None, typer.Option(help="Labelled DATA, for a k-NN figure on the way.")] = None,
+    eval_dense: Annotated[
+        str | None, typer.Option(help="Folder of images/ and labels/, for a patch k-NN figure on the way.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     device: Device = "auto",
     resume: Annotated[str | None, typer.Option(help="A run folder to go on with.")] = None,
@@ -54,14 +62,46 @@ def pretrain(
 ) -> None:
     """Learn a backbone from unlabelled images. Any recipe field can follow: --optimizer.lr 1e-3."""
     from unlabeled.pretrain.loop import pretrain as run_pretrain
-    from unlabeled.pretrain.pictures import write_pictures
 
-    overrides: dict[str, str] = context.obj
     console = _console(as_json)
     run = run_pretrain(
-        data, out, recipe=recipe, steps=steps, eval=eval, seed=seed, device=device, resume=resume,
-        overrides=overrides, console=console,
+        data, out, recipe=recipe, steps=steps, start=start, eval=eval, eval_dense=eval_dense, seed=seed,
+        device=device, resume=resume, overrides=context.obj, console=console,
     )  # fmt: skip
+    _report(run, console, as_json)
+
+
+@app.command()
+def distill(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(help="The images: folder, tar shards, Parquet, list, hf:NAME.")],
+    teacher: Annotated[str, typer.Option(help="MODEL that stays as it is and is learned from.")],
+    out: Annotated[str, typer.Option(help="The run folder to make.")],
+    student: Annotated[str, typer.Option(help="Size of the student: vit_tiny, vit_small, ...")] = "vit_small",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe's name or TOML file; `unlabeled info recipes` lists them.")
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, over the recipe's.")] = None,
+    eval: Annotated[str | None, typer.Option(help="Labelled DATA, for a k-NN figure on the way.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Learn a smaller backbone from a trained one. Any recipe field can follow: --optimizer.lr 1e-3."""
+    from unlabeled.pretrain.loop import distill as run_distill
+
+    console = _console(as_json)
+    run = run_distill(
+        data, out, teacher=teacher, student=student, recipe=recipe, steps=steps, eval=eval, seed=seed,
+        device=device, overrides=context.obj, console=console,
+    )  # fmt: skip
+    _report(run, console, as_json)
+
+
+def _report(run: Run, console: Console, as_json: bool) -> None:
+    """What a finished run has made, on rank 0."""
+    from unlabeled.pretrain.pictures import write_pictures
+
     if int(os.environ.get("RANK", "0")):
         return
     rows = run.metrics
@@ -78,8 +118,9 @@ def pretrain(
             "loss": rows[-1]["loss"],
             "images_per_second": speeds[len(speeds) // 2],
         }
-        known = [row["knn"] for row in rows if "knn" in row]
-        _print_json(result | ({"knn": known[-1]} if known else {}))
+        for row in rows:  # the last of each evaluation counts
+            result |= {name: value for name, value in row.items() if "knn" in name}
+        _print_json(result)
 
 
 @app.command()
@@ -119,9 +160,9 @@ def info(
 
 
 def _info_recipes(as_json: bool) -> None:
-    from unlabeled.pretrain.recipes import RECIPE_NAMES, named_recipe
+    from unlabeled.pretrain.recipes import FITTED, RECIPE_NAMES, named_recipe
 
-    recipes = {name: named_recipe(name) for name in RECIPE_NAMES if name != "auto"}
+    recipes = {name: named_recipe(name) for name in RECIPE_NAMES if name not in FITTED}
     rows: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes.items():
         for section in fields(recipe):
@@ -132,7 +173,8 @@ def _info_recipes(as_json: bool) -> None:
     if as_json:
         _print_json(rows)
         return
-    print("auto (the default) reads the data and the machine, and prints its choice with a reason each.\n")
+    print("auto (the default) reads the data and the machine, and prints its choice with a reason each.")
+    print("highres is the recipe of the model that --from names, with global crops of 518 pixels.\n")
     print(f"{'field':32}" + "".join(f"{name:>16}" for name in recipes))
     for name, values in rows.items():
         print(f"{name:32}" + "".join(f"{_short(value):>16}" for value in values.values()))

@@ -28,13 +28,16 @@ TINY = {
 }
 
 
-def command(*arguments: str, overrides: dict[str, Any] | None = None, ranks: int = 0) -> list[str]:
-    fields = (overrides or {}) if "--resume" in arguments else TINY | (overrides or {})
+def command(
+    *arguments: str, overrides: dict[str, Any] | None = None, ranks: int = 0, name: str = "pretrain"
+) -> list[str]:
+    has_own_model = "--resume" in arguments or "--from" in arguments
+    fields = (overrides or {}) if has_own_model else TINY | (overrides or {})
     options = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
     start = [sys.executable, "-m"]
     if ranks:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    return [*start, "unlabeled", "pretrain", *arguments, *options]
+    return [*start, "unlabeled", name, *arguments, *options]
 
 
 def environment() -> dict[str, str]:

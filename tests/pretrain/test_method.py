@@ -20,7 +20,12 @@ from unlabeled.pretrain.schedules import StepValues
 
 PATCH, DEPTH, HEADS, IMAGES, LOCALS = 4, 2, 2, 3, 3
 VALUES = StepValues(
-    lr=1e-2, last_layer_lr=5e-3, weight_decay=0.1, teacher_momentum=0.9, teacher_temperature=0.06
+    lr=1e-2,
+    last_layer_lr=5e-3,
+    backbone_lr=1e-2,
+    weight_decay=0.1,
+    teacher_momentum=0.9,
+    teacher_temperature=0.06,
 )
 STUDENT_TEMPERATURE = 0.1
 
@@ -144,7 +149,12 @@ CASES = {
     "DINO v1": {"loss__ibot": 0.0, "loss__koleo": 0.0, "loss__targets": "centering"},
 }
 SECOND = StepValues(
-    lr=2e-2, last_layer_lr=0.0, weight_decay=0.3, teacher_momentum=0.7, teacher_temperature=0.05
+    lr=2e-2,
+    last_layer_lr=0.0,
+    backbone_lr=3e-2,
+    weight_decay=0.3,
+    teacher_momentum=0.7,
+    teacher_temperature=0.05,
 )
 
 
@@ -187,7 +197,7 @@ def _two_steps(recipe: Recipe, exact: bool) -> None:
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in student}
     for number, values in enumerate((VALUES, SECOND), 1):
         taken.clear()
-        apply_schedule(optimizer, values.lr, values.weight_decay, values.last_layer_lr)
+        apply_schedule(optimizer, values)
         found = method.train_step(batch, optimizer, values)
         if not exact:
             student, teacher, centers = state
@@ -208,6 +218,7 @@ def _two_steps(recipe: Recipe, exact: bool) -> None:
             torch.testing.assert_close(taken[name], gradient, **near, msg=name)
         for name, gradient in (gradients if exact else taken).items():
             lr = values.last_layer_lr if "last_layer" in name else values.lr
+            lr = values.backbone_lr if name.startswith("backbone.") else lr
             lr *= plain.rate_of(name, DEPTH, rate.layer_decay, rate.patch_embed_multiplier)
             decay = values.weight_decay if plain.decays(name) else 0.0
             student[name] = plain.adamw(
@@ -257,7 +268,7 @@ def _reference_gradients(
 def test_a_step_that_is_not_finite_changes_nothing(targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, batch = made(recipe_of(loss__targets=targets, head__shared=False))
     optimizer = make_optimizer(method)
-    apply_schedule(optimizer, VALUES.lr, VALUES.weight_decay, VALUES.last_layer_lr)
+    apply_schedule(optimizer, VALUES)
     assert method.train_step(batch, optimizer, VALUES)["finite"]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
     before = {name: value.clone() for name, value in method.state_dict().items()}

@@ -11,6 +11,7 @@ from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule, clip_gradients, parameter_groups, update_teacher
 from unlabeled.pretrain.recipe import override
 from unlabeled.pretrain.recipes import named_recipe
+from unlabeled.pretrain.schedules import StepValues
 
 TINY = {
     "model.depth": 3,
@@ -46,15 +47,18 @@ def test_every_parameter_is_in_one_group_with_the_right_multipliers(registers: i
     for name, group in seen.items():
         exempt = name.endswith(".bias") or "norm" in name or ".gamma" in name
         assert group["weight_decay_multiplier"] == (0 if exempt else 1), name
-        assert group["is_last_layer"] == ("last_layer" in name)
+        part = "backbone_lr" if name.startswith("backbone.") else "lr"
+        assert group["rate"] == ("last_layer_lr" if "last_layer" in name else part)
 
 
 def test_schedule_reaches_every_group() -> None:
-    student = nn.ModuleDict({"dino_head": ProjectionHead(4, 6, 3, 8)})
+    student = nn.ModuleDict({"backbone": nn.Linear(4, 4), "dino_head": ProjectionHead(4, 6, 3, 8)})
     optimizer = torch.optim.AdamW(parameter_groups(student, 0, 0.9, 0.2))
-    apply_schedule(optimizer, 0.5, 0.25, 0.0)
+    apply_schedule(optimizer, StepValues(0.5, 0.25, 0.125, 0.25, 0.9, 0.04))
+    assert {group["rate"]: group["lr"] / group["lr_multiplier"] for group in optimizer.param_groups} == {
+        "lr": 0.5, "last_layer_lr": 0.25, "backbone_lr": 0.125,
+    }  # fmt: skip
     for group in optimizer.param_groups:
-        assert group["lr"] == (0 if group["is_last_layer"] else 0.5)
         assert group["weight_decay"] == 0.25 * group["weight_decay_multiplier"]
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from unlabeled.errors import UserError
 from unlabeled.pretrain.auto import filled
 from unlabeled.pretrain.recipe import Recipe, field_types, override
-from unlabeled.pretrain.recipes import RECIPE_NAMES, named_recipe, read_recipe, write_recipe
+from unlabeled.pretrain.recipes import FITTED, RECIPE_NAMES, named_recipe, read_recipe, write_recipe
 
-NAMED = [name for name in RECIPE_NAMES if name != "auto"]
+NAMED = [name for name in RECIPE_NAMES if name not in FITTED]
 
 
 def test_the_papers_numbers() -> None:

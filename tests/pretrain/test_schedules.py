@@ -41,4 +41,9 @@ def test_a_run_of_any_length_passes_through_every_phase(steps: int) -> None:
     assert values_at(recipe, round(0.3 * steps)).teacher_temperature == 0.07
     frozen = round(0.01 * steps)
     assert all(values_at(recipe, step).last_layer_lr == 0 for step in range(frozen))
+    assert values_at(recipe, steps - 1).backbone_lr == last.lr
+    held = override(recipe, {"optimizer.freeze_backbone": 0.25}, "test")
+    for step in range(steps) if steps < 1000 else (0, steps // 5, steps // 3, steps - 1):
+        values = values_at(held, step)
+        assert values.backbone_lr == (0 if step < round(0.25 * steps) else values.lr)
     assert values_at(recipe, frozen + 1).last_layer_lr == values_at(recipe, frozen + 1).lr > 0

@@ -87,10 +87,10 @@ def split_knn(
 ) -> float:
     """k-NN accuracy within one labelled source: every other image is searched for the labels of the rest.
 
-    Sources larger than max_images are thinned evenly.
+    Sources larger than max_images are thinned evenly; where half of the images are fewer than k, all of them vote.
 
     Raises:
-        UserError: the source has no labels, or too few images for k.
+        UserError: the source has no labels, or fewer than two images.
     """
     chosen = np.linspace(0, len(source) - 1, min(len(source), max_images)).astype(int)
     found = extract(model, source, indices=chosen, resize=crop, crop=crop, device=device)
@@ -99,6 +99,8 @@ def split_knn(
     # A permutation, so that neighbours in the source (of one class, of one film) fall into either half.
     order = np.random.default_rng(0).permutation(len(found.features))
     train, test = order[::2], order[1::2]
-    return knn_accuracy(
-        found.features[train], found.labels[train], found.features[test], found.labels[test], k, device=device
-    )
+    if not len(test):
+        raise UserError(f"{source.name} has {len(order)} images; k-NN needs two at least")
+    features, labels = found.features, found.labels
+    k = min(k, len(train))
+    return knn_accuracy(features[train], labels[train], features[test], labels[test], k, device=device)

@@ -71,8 +71,10 @@ def extract(
     features, labels, keys = [], [], []
     bad: list[tuple[str, str]] = []
     wanted = range(len(source)) if indices is None else indices
-    for images, part_labels, part_keys in _batches(source, wanted, resize, crop, batch_size, bad):
-        features.append(features_of(model(normalize(images.to(device))), kind).float().cpu().numpy())
+    for tokens, part_labels, part_keys in token_batches(
+        model, source, wanted, resize=resize, crop=crop, batch_size=batch_size, device=device, bad=bad
+    ):
+        features.append(features_of(tokens, kind).float().cpu().numpy())
         labels += part_labels
         keys += part_keys
     model.train(was_training)
@@ -80,6 +82,26 @@ def extract(
         raise UserError(f"{source.name} holds no image that can be read ({len(bad)} tried; first {bad[:1]})")
     known = None if any(label is None for label in labels) else np.array(labels, np.int64)
     return Extracted(np.concatenate(features), known, keys, bad)
+
+
+@torch.no_grad()
+def token_batches(
+    model: VisionTransformer,
+    source: Source,
+    indices: Sequence[int] | NDArray[np.int64] | range,
+    *,
+    resize: int,
+    crop: int,
+    device: str | torch.device,
+    bad: list[tuple[str, str]],
+    batch_size: int = 128,
+) -> Iterator[tuple[Tokens, list[int | None], list[str]]]:
+    """Tokens, labels and keys of the images at some indices, a batch at a time; arguments as `extract`'s.
+
+    What cannot be read is added to `bad`, as (key, reason).
+    """
+    for images, labels, keys in _batches(source, indices, resize, crop, batch_size, bad):
+        yield model(normalize(images.to(device))), labels, keys
 
 
 def features_of(tokens: Tokens, kind: Kind) -> Tensor:

@@ -78,13 +78,16 @@ def small_images(side: int) -> Recipe:
     )
 
 
-def choose(source: Source, parallel: Parallel, values: dict[str, Any]) -> tuple[Recipe, list[str]]:
+def choose(
+    source: Source, parallel: Parallel, values: dict[str, Any], has_weights: bool = False
+) -> tuple[Recipe, list[str]]:
     """A recipe for this data on this machine.
 
     Args:
         source: the images.
         parallel: device and ranks.
         values: the user's own fields; a given run.steps or run.batch_size is what the rest is fitted to.
+        has_weights: the backbone is given, so that there is nothing to say about it.
 
     Returns:
         The recipe, and a line for each choice with its reason.
@@ -94,7 +97,8 @@ def choose(source: Source, parallel: Parallel, values: dict[str, Any]) -> tuple[
     reasons = [f"{count} images, median short side {side} pixels, on {parallel.device} x {parallel.world}"]
     if on_gpu and side > 96:
         recipe = _photographs(count, parallel)
-        reasons.append("ViT-S/14 at 224 pixels: a GPU and photographs")
+        if not has_weights:
+            reasons.append("ViT-S/14 at 224 pixels: a GPU and photographs")
     else:
         recipe = small_images(side)
         crops, patch = recipe.crops, recipe.model.patch_size
@@ -103,7 +107,8 @@ def choose(source: Source, parallel: Parallel, values: dict[str, Any]) -> tuple[
             if side <= 96
             else f"this many pixels are what a {parallel.device.type} is good for"
         )
-        reasons.append(f"4 blocks of width 192, {crops.global_size}-pixel crops, patch {patch}: {why}")
+        if not has_weights:
+            reasons.append(f"4 blocks of width 192, {crops.global_size}-pixel crops, patch {patch}: {why}")
     batch = int(values.get("run.batch_size", recipe.run.batch_size))
     default = int(np.clip(20 * count / batch, 1000, 5000 if not on_gpu else 125_000))
     steps = int(values.get("run.steps", default))
@@ -111,7 +116,7 @@ def choose(source: Source, parallel: Parallel, values: dict[str, Any]) -> tuple[
         f"{steps} steps of {batch} images: "
         + ("as asked" if "run.steps" in values else f"{steps * batch / count:.1f} passes over the images")
     )
-    if recipe.name == "photographs" and steps < SHORT_RUN:
+    if recipe.name == "photographs" and steps < SHORT_RUN and not has_weights:
         recipe = dataclasses.replace(
             recipe,
             model=dataclasses.replace(recipe.model, layer_scale=0.1),

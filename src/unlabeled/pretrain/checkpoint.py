@@ -89,6 +89,20 @@ def load(path: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer)
     return step
 
 
+def load_part(path: Path, state: dict[str, Any]) -> None:
+    """Fill some tensors, by the checkpoint's own names, in place.
+
+    Raises:
+        UserError: they are not in it, or it is not readable.
+    """
+    try:
+        with _quiet():
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
+    except (OSError, KeyError, ValueError, RuntimeError, CheckpointException) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint {path} does not load: {first}") from error
+
+
 def all_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
     if not folder.is_dir():

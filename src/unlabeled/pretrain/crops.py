@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +68,12 @@ class CropRecipe:
     blur_kernel: int = 9  # pixels across, odd, at most 17; DINO's Pillow blur is not cut: 17
     solarise: float = 0.2  # probability, second global crop only
     solarise_threshold: int = 128  # grey level from which on pixels are inverted
+
+    def fitted(self, patch_size: int) -> CropRecipe:
+        """The same with both sizes at the nearest multiple of a patch, and at least one patch."""
+        sizes = (self.global_size, self.local_size)
+        fitted = [max(1, round(size / patch_size)) * patch_size for size in sizes]
+        return replace(self, global_size=fitted[0], local_size=fitted[1])
 
 
 class Crops(NamedTuple):

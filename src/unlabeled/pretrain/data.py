@@ -160,13 +160,15 @@ def batches(
 
 
 def step_masks(recipe: Recipe, step: int, rank: int, world: int) -> Tensor | None:
-    """This rank's masks of a step: bool (2B, N), or None without iBOT.
+    """This rank's masks of a step: bool (2B, N), or None without iBOT; of a frozen teacher every patch is compared.
 
     They are drawn for the whole global batch, so that they do not depend on the number of ranks.
     """
     loss, side = recipe.loss, recipe.crops.global_size // recipe.model.patch_size
     if loss.ibot == 0:
         return None
+    if recipe.teacher.model:
+        return torch.ones(2 * recipe.run.batch_size // world, side * side, dtype=torch.bool)
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([recipe.run.seed, step, 1])))
     size = recipe.run.batch_size
     masks = block_masks(2 * size, (side, side), loss.mask_probability, loss.mask_ratio, rng)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,20 +15,23 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unlabeled.errors import UserError, writing
-from unlabeled.images.bad_files import BadFiles, first_readable
-from unlabeled.images.sources import Source, open_source
-from unlabeled.pretrain import auto, checkpoint
+from unlabeled.errors import UserError
+from unlabeled.images.bad_files import BadFiles
+from unlabeled.images.sources import open_source
+from unlabeled.pretrain import checkpoint
 from unlabeled.pretrain.data import batches
+from unlabeled.pretrain.frozen_teacher import frozen_teacher
 from unlabeled.pretrain.health import CollapseWatch, figures
 from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.metrics import Metrics
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
 from unlabeled.pretrain.parallel import Parallel, denormals_flushed
+from unlabeled.pretrain.plan import Plan, prepared, resumed
 from unlabeled.pretrain.progress import TrainingProgress
-from unlabeled.pretrain.recipe import Recipe, check, override
-from unlabeled.pretrain.recipes import named_recipe, read_recipe, write_recipe
+from unlabeled.pretrain.recipe import Recipe
+from unlabeled.pretrain.recipes import read_recipe
 from unlabeled.pretrain.schedules import values_at
+from unlabeled.pretrain.start import begin, heads_fit
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model
 
@@ -81,6 +83,8 @@ def pretrain(
     eval: str | Path | None = None,
     seed: int | None = None,
     device: str = "auto",
+    start: str | Path | None = None,
+    eval_dense: str | Path | None = None,
     resume: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
     evaluation: Evaluation | None = None,
@@ -91,11 +95,14 @@ def pretrain(
     Args:
         data: DATA: a folder, tar shards, Parquet, a list of paths, hf:NAME.
         out: the run folder to make.
-        recipe: a name (see `unlabeled info recipes`), a TOML file, or a Recipe; "auto" reads the data and the machine.
+        recipe: a name (see `unlabeled info recipes`), a TOML file, or a Recipe; "auto" reads the data and the machine,
+            or is that of the run to start from; "highres" is the short phase at 518 pixels after it.
         steps: optimizer steps, over the recipe's.
         eval: labelled DATA for a k-NN figure on the way: half of it is searched for the other half's labels.
         seed: of everything random, over the recipe's.
         device: auto, cpu, cuda, cuda:1, mps.
+        start: MODEL whose weights to begin with; of a run, its heads too.
+        eval_dense: a folder of images/ and labels/, for a patch k-NN figure on the way (`evaluate.dense`).
         resume: a run folder to go on with; it has its own data and recipe.
         overrides: dotted recipe fields, as {"optimizer.lr": 1e-3}.
         evaluation: called with the teacher's backbone every run.eval_every steps; its figures join the metrics.
@@ -112,95 +119,55 @@ def pretrain(
     console = console or Console(stderr=True)
     if parallel.rank:
         console = Console(quiet=True)
-    if resume is not None:
-        folder, plan, source = _resumed(Path(resume), data, overrides)
-    else:
-        folder, plan, source = _prepared(data, out, recipe, steps, eval, seed, overrides, parallel, console)
+    named = {
+        "data.train": data,
+        "run.steps": steps,
+        "run.seed": seed,
+        "data.evaluation": eval,
+        "data.dense_evaluation": eval_dense,
+        "model.start": start,
+    }
+    values = dict(overrides or {}) | {name: value for name, value in named.items() if value is not None}
+    plan = resumed(Path(resume), values) if resume else prepared(out, recipe, values, parallel, console)
     with denormals_flushed():
-        return _train(folder, plan, source, parallel, evaluation or _knn_evaluation(plan, parallel), console)
+        return _train(plan, parallel, evaluation or _evaluation(plan.recipe, parallel), console)
 
 
-def _prepared(
-    data: str | Path | None,
-    out: str | Path | None,
-    recipe: str | Path | Recipe,
-    steps: int | None,
-    evaluation: str | Path | None,
-    seed: int | None,
-    overrides: dict[str, Any] | None,
-    parallel: Parallel,
-    console: Console,
-) -> tuple[Path, Recipe, Source]:
-    if out is None:
-        raise UserError("no run folder was given: unlabeled pretrain DATA --out RUN")
-    folder = Path(out)
-    if checkpoint.all_checkpoints(folder / "checkpoints"):
-        raise UserError(
-            f"{folder} holds a run already: resume it with --resume {folder}, or choose another --out"
-        )
-    values = dict(overrides or {})
-    named = {"run.steps": steps, "run.seed": seed, "data.train": data, "data.evaluation": evaluation}
-    values |= {name: _resolved(value) for name, value in named.items() if value is not None}
-    if recipe == "auto" or isinstance(recipe, Recipe):
-        plan = recipe if isinstance(recipe, Recipe) else None
-    else:
-        is_file = str(recipe).endswith(".toml")
-        plan = read_recipe(Path(recipe)) if is_file else named_recipe(str(recipe))
-    train = values.get("data.train") or (plan.data.train if plan else "")
-    if not train:
-        raise UserError("no images were given: unlabeled pretrain DATA --out RUN")
-    source = open_source(train)
-    first_readable(source)
-    if plan is None:
-        plan, reasons = auto.choose(source, parallel, values)
-        for reason in reasons:
-            console.print(reason, highlight=False)
-    plan = override(plan, values, "the command line")
-    plan = auto.filled(plan)
-    check(plan, "the recipe")
-    if parallel.rank == 0:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_recipe(plan, folder / "recipe.toml")
-    parallel.barrier()
-    return folder, plan, source
-
-
-def _resolved(value: Any) -> Any:
-    """Paths are kept absolute, so that a run resumes from any folder."""
-    if isinstance(value, (str, Path)) and not str(value).startswith("hf:"):
-        return os.path.abspath(os.path.expanduser(value))  # noqa: PTH100, PTH111  (a glob is no path)
-    return value
-
-
-def _resumed(
-    folder: Path, data: str | Path | None, overrides: dict[str, Any] | None
-) -> tuple[Path, Recipe, Source]:
-    if not (folder / "recipe.toml").exists():
-        raise UserError(f"{folder} is no run folder: it has no recipe.toml")
-    plan = read_recipe(folder / "recipe.toml")
-    if data is not None:
-        plan = override(plan, {"data.train": _resolved(data)}, "the command line")
-    harmless = {name: value for name, value in (overrides or {}).items() if name.startswith("run.")}
-    if overrides and len(harmless) < len(overrides):
-        other = next(name for name in overrides if name not in harmless)
-        raise UserError(
-            f"--{other} cannot change in a resumed run: start a new one, or edit {folder}/recipe.toml"
-        )
-    return folder, override(plan, harmless, "the command line"), open_source(plan.data.train)
-
-
-def _train(
-    folder: Path,
-    recipe: Recipe,
-    source: Source,
-    parallel: Parallel,
-    evaluate: Evaluation | None,
-    console: Console,
+def distill(
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    teacher: str | Path,
+    student: str = "vit_small",
+    overrides: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Run:
-    run, saved = recipe.run, checkpoint.all_checkpoints(folder / "checkpoints")
+    """Learn a smaller backbone from a trained one that stays as it is (DINOv2 section 5).
+
+    The student sees all crops without masks and has no drop path; every patch of both global crops is compared; the
+    EMA of the student is the result. A run as teacher brings its heads. Weights without heads get prototypes from
+    features of the images themselves: each target says how much like each of these the crop is.
+
+    Args:
+        data: DATA, as `pretrain`'s.
+        out: the run folder to make.
+        teacher: MODEL.
+        student: a name in unlabeled.vit.SIZES; its patch is the teacher's.
+        overrides: dotted recipe fields.
+        options: as `pretrain`'s.
+
+    Raises:
+        UserError: as `pretrain`.
+    """
+    fields = {"model.size": student, "teacher.model": str(teacher)}
+    return pretrain(data, out, overrides=fields | (overrides or {}), **options)
+
+
+def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console: Console) -> Run:
+    folder, recipe, run = plan.folder, plan.recipe, plan.recipe.run
+    saved = checkpoint.all_checkpoints(folder / "checkpoints")
     torch.manual_seed(run.seed)
-    method = SelfDistillation(recipe, parallel)
+    method = make_method(plan, parallel)
     optimizer = make_optimizer(method)
     start = checkpoint.load(saved[-1], method, optimizer) if saved else 0
     metrics = Metrics(folder, start, writes=parallel.rank == 0)
@@ -209,14 +176,17 @@ def _train(
     with _signals() as received, TrainingProgress(console, start, run.steps) as progress, metrics:
         if start:
             progress.say(f"resumed from step {start}")
+        begun_with = _evaluated(method, evaluate) if plan.start and evaluate else {}
+        if begun_with:
+            progress.say(f"before: {_said(begun_with)}")
         if start >= run.steps:  # killed between its last checkpoint and its model
             checkpoint.export(method, folder / "model")
         waited_since = time.perf_counter()
-        for step, batch in batches(source, recipe, parallel, start, report):
+        for step, batch in batches(plan.source, recipe, parallel, start, report):
             waited, begun_step = time.perf_counter() - waited_since, time.perf_counter()
             done = step + 1
             values = values_at(recipe, step)
-            apply_schedule(optimizer, values.lr, values.weight_decay, values.last_layer_lr)
+            apply_schedule(optimizer, values)
             torch.manual_seed(step_seed(run.seed, step, parallel.rank))
             result = method.train_step(batch, optimizer, values)
             finite, targets, cls = (result.pop(name) for name in ("finite", "targets", "teacher_cls"))
@@ -234,16 +204,19 @@ def _train(
                     f"{MAX_SKIPPED} steps in a row had a non-finite loss (last: {step}); the last checkpoint in "
                     f"{folder / 'checkpoints'} is good. Try a lower optimizer.lr, or run.precision float32"
                 )
+            if step == start:
+                row |= {f"{name}_before": value for name, value in begun_with.items()}
             if step % run.health_every == 0 or done == run.steps:
+                if method.frozen_teacher:
+                    cls = method.teacher_cls(batch)
                 row |= figures(targets, cls, parallel)
                 if step > run.steps // 10:
                     for warning in watch.check(row):
                         progress.say(f"step {step}: {warning}")
             if evaluate and (done % run.eval_every == 0 or done == run.steps):
-                row |= _evaluated(method, evaluate)
-                progress.say(
-                    f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if "knn" in k)
-                )
+                found = _evaluated(method, evaluate)
+                progress.say(f"step {done}: {_said(found)}")
+                row |= found
             metrics.add(row)
             progress.update(done, row)
             stopping = parallel.any(bool(received))
@@ -260,6 +233,23 @@ def _train(
         )
     console.print(f"{run.steps} steps in {time.perf_counter() - begun:.0f} s: {folder}", highlight=False)
     return Run(folder)
+
+
+def make_method(plan: Plan, parallel: Parallel) -> SelfDistillation:
+    """Student and teacher as a plan wants them to begin."""
+    recipe, start = plan.recipe, plan.start
+    teacher = None
+    if plan.frozen_teacher:
+        teacher = frozen_teacher(plan.frozen_teacher, plan.source, recipe, parallel.device)
+    if start is None:
+        return SelfDistillation(recipe, parallel, frozen_teacher=teacher)
+    method = SelfDistillation(
+        recipe, parallel, lambda network: begin(network, start, recipe), frozen_teacher=teacher
+    )
+    if heads_fit(start, recipe):
+        method.dino_center.center.copy_(start.centers["dino"])
+        method.ibot_center.center.copy_(start.centers["ibot"])
+    return method
 
 
 def make_optimizer(method: SelfDistillation) -> torch.optim.AdamW:
@@ -290,18 +280,31 @@ def _evaluated(method: SelfDistillation, evaluate: Evaluation) -> dict[str, floa
     return result
 
 
-def _knn_evaluation(recipe: Recipe, parallel: Parallel) -> Evaluation | None:
-    if not recipe.data.evaluation:
-        return None
-    from unlabeled.evaluate.knn import split_knn
+def _said(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
 
-    source = open_source(recipe.data.evaluation)
-    if source.labels() is None:
-        raise UserError(
-            f"--eval {recipe.data.evaluation} has no labels: class folders or a label column are needed"
-        )
-    side = recipe.data.eval_crop or recipe.crops.global_size
-    return lambda model: {"knn": split_knn(model, source, crop=side, device=parallel.device)}
+
+def _evaluation(recipe: Recipe, parallel: Parallel) -> Evaluation | None:
+    """The figures that the recipe's labelled data allow: k-NN of images, k-NN of patches."""
+    data, side, device = recipe.data, recipe.data.eval_crop or recipe.crops.global_size, parallel.device
+    parts: list[Evaluation] = []
+    if data.evaluation:
+        from unlabeled.evaluate.knn import split_knn
+
+        source = open_source(data.evaluation)
+        if source.labels() is None:
+            raise UserError(
+                f"--eval {data.evaluation} has no labels: class folders or a label column are needed"
+            )
+        parts.append(lambda model: {"knn": split_knn(model, source, crop=side, device=device)})
+    if data.dense_evaluation:
+        from unlabeled.evaluate.dense import labelled_images, patch_knn
+
+        pairs = labelled_images(data.dense_evaluation)
+        parts.append(lambda model: patch_knn(model, pairs, side, data.dense_ignore, device=device))
+    if not parts:
+        return None
+    return lambda model: {name: value for part in parts for name, value in part(model).items()}
 
 
 @contextmanager

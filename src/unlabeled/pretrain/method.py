@@ -7,7 +7,7 @@ Crops are view-major: row v * B + b is view v of image b.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -32,7 +32,8 @@ class Batch:
     Attributes:
         globals_VB3HW: uint8 (2B, 3, S, S), view-major.
         locals_VB3HW: uint8 (LB, 3, s, s), view-major; L may be 0.
-        masks_VBN: bool (2B, N), the patches of the global crops that the student does not see, or None.
+        masks_VBN: bool (2B, N), the patches of the global crops that iBOT compares, which the student does not see
+            (of a frozen teacher it sees them); or None.
         num_images: B.
     """
 
@@ -84,7 +85,7 @@ class Network(nn.Module):
             self.ibot_head = ProjectionHead(
                 config.width, head.ibot_num_prototypes, head.ibot_bottleneck, head.hidden
             )
-        if recipe.loss.ibot == 0:
+        if recipe.loss.ibot == 0 or recipe.teacher.model:
             self.backbone.mask_token.requires_grad_(False)  # nothing is masked, so it would get no gradient
 
     def forward(self, images: Tensor, masks: Tensor | None = None, patches: Tensor | None = None) -> Outputs:
@@ -113,24 +114,32 @@ class SelfDistillation(nn.Module):
     Args:
         recipe: every number of the method.
         parallel: how ranks share the work.
+        begin: gives the student its first weights; without it they are random.
+        frozen_teacher: makes the targets in the place of the student's EMA, which is still kept: distillation.
     """
 
     student: nn.Module
     teacher: nn.Module
 
-    def __init__(self, recipe: Recipe, parallel: Parallel | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        parallel: Parallel | None = None,
+        begin: Callable[[Network], None] | None = None,
+        frozen_teacher: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.parallel = parallel or Parallel()
+        self.frozen_teacher = frozen_teacher
         self.student = Network(recipe, drop_path=recipe.model.drop_path)
+        if begin is not None:
+            begin(self.student)
         self.teacher = Network(recipe, drop_path=0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         self.dino_center = Center(recipe.head.num_prototypes, recipe.loss.center_momentum)
-        ibot_prototypes = (
-            recipe.head.num_prototypes if recipe.head.shared else recipe.head.ibot_num_prototypes
-        )
-        self.ibot_center = Center(ibot_prototypes, recipe.loss.center_momentum)
+        self.ibot_center = Center(recipe.num_ibot_prototypes(), recipe.loss.center_momentum)
         self.to(self.parallel.device)
         self.student, self.teacher = self.parallel.wrap(self.student, self.teacher, recipe.run.sharding)
         if recipe.run.compile:
@@ -174,13 +183,21 @@ class SelfDistillation(nn.Module):
         """The teacher's view of the unmasked global crops, as probabilities over prototypes."""
         patches = None if batch.masks_VBN is None else batch.masks_VBN.flatten().nonzero().squeeze(1)
         with self.parallel.autocast(self.recipe.run.precision):
-            seen = self.teacher(batch.globals_VB3HW, patches=patches)
+            teacher = self.frozen_teacher or self.teacher
+            seen = teacher(batch.globals_VB3HW, patches=patches)
             dino_logits = seen.dino @ seen.prototypes.to(seen.dino.dtype).T
             dino = self._probabilities(dino_logits, self.dino_center, temperature)
             if patches is None:
                 return Targets(dino, None, seen.cls)
             ibot_logits = seen.ibot @ seen.ibot_prototypes.to(seen.ibot.dtype).T
             return Targets(dino, self._probabilities(ibot_logits, self.ibot_center, temperature), seen.cls)
+
+    @torch.no_grad()
+    def teacher_cls(self, batch: Batch) -> Tensor:
+        """(2B, D) CLS tokens of the student's EMA, for the health figures of a distillation."""
+        with self.parallel.autocast(self.recipe.run.precision):
+            seen: Outputs = self.teacher(batch.globals_VB3HW)
+        return seen.cls
 
     def _probabilities(self, logits_NK: Tensor, center: Center, temperature: float) -> Tensor:
         if self.recipe.loss.targets == "sinkhorn":
@@ -215,7 +232,8 @@ class SelfDistillation(nn.Module):
             last = index == len(parts) - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync(self.student):
                 with self._forward():
-                    seen = self.student(part.globals_VB3HW, part.masks_VBN, part.patches)
+                    hidden = None if self.frozen_teacher else part.masks_VBN
+                    seen = self.student(part.globals_VB3HW, hidden, part.patches)
                     dino = dino_loss_global(
                         seen.dino, seen.prototypes, chosen, temperature, num_pairs, num_images
                     )

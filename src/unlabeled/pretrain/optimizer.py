@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlabeled.pretrain.schedules import StepValues
+
 _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 
 
@@ -22,9 +24,10 @@ def parameter_groups(
     none on biases, norms, LayerScale and everything else of one dimension.
 
     Returns:
-        AdamW's groups, with lr_multiplier, weight_decay_multiplier and is_last_layer, which `apply_schedule` reads.
+        AdamW's groups, with lr_multiplier, weight_decay_multiplier and rate (the name of the learning rate among the
+        schedules' values), which `apply_schedule` reads.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -32,24 +35,25 @@ def parameter_groups(
         layer = int(block[1]) + 1 if block else depth + 1
         if name.startswith("backbone.") and not block and not name.startswith("backbone.norm."):
             layer = 0
-        rate = layer_decay ** (depth + 1 - layer)
+        multiplier = layer_decay ** (depth + 1 - layer)
         if "patch_embed" in name:
-            rate *= patch_embed_multiplier
+            multiplier *= patch_embed_multiplier
         decays = parameter.ndim > 1 and not name.endswith((".bias", ".gamma"))
-        groups.setdefault((rate, float(decays), "last_layer" in name), []).append(parameter)
+        rate = "last_layer_lr" if "last_layer" in name else "lr"
+        if name.startswith("backbone."):
+            rate = "backbone_lr"
+        groups.setdefault((multiplier, float(decays), rate), []).append(parameter)
     return [
-        {"params": members, "lr_multiplier": rate, "weight_decay_multiplier": decay, "is_last_layer": last}
-        for (rate, decay, last), members in groups.items()
+        {"params": members, "lr_multiplier": multiplier, "weight_decay_multiplier": decay, "rate": rate}
+        for (multiplier, decay, rate), members in groups.items()
     ]
 
 
-def apply_schedule(
-    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer_lr: float
-) -> None:
+def apply_schedule(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Set each group's learning rate and weight decay for the coming step."""
     for group in optimizer.param_groups:
-        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
-        group["weight_decay"] = weight_decay * group["weight_decay_multiplier"]
+        group["lr"] = getattr(values, group["rate"]) * group["lr_multiplier"]
+        group["weight_decay"] = values.weight_decay * group["weight_decay_multiplier"]
 
 
 def clip_gradients(submodules: dict[str, nn.Module], max_norm: float) -> dict[str, Tensor]:

@@ -29,6 +29,12 @@ class ModelRecipe:
     drop_path: float = 0.0  # one uniform rate, student only
     layer_scale: float = 1e-5  # initial LayerScale
     image_size: int = 0  # pixels the position embedding is learned at; 0: the global crop's
+    ffn: Literal["", "mlp", "swiglu"] = ""  # "": the size's own
+    interpolation: Literal["", "size", "antialias", "scale"] = (
+        ""  # of the position embedding; "": the kind's own
+    )
+    norm_eps: float = 1e-6  # of every layer norm
+    start: str = ""  # MODEL whose weights student and teacher begin with; "": random numbers
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ class TeacherRecipe:
     temperature: float = 0.04  # at the start, linear to final_temperature
     final_temperature: float = 0.07  # from the end of the warm-up on
     temperature_warmup: float = 0.3  # fraction of the run
+    model: str = (
+        ""  # MODEL that is a frozen teacher (distillation, DINOv2 section 5); "": the student's own EMA
+    )
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class OptimizerRecipe:
     layer_decay: float = 1.0  # learning rate of a block over that of the next
     patch_embed_multiplier: float = 0.2  # learning rate of the patch embedding
     freeze_last_layer: float = 0.01  # fraction of the run in which the prototypes stay as they are
+    freeze_backbone: float = 0.0  # fraction of the run in which the backbone stays as it is
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,8 @@ class DataRecipe:
     train: str = ""  # DATA to pretrain on
     evaluation: str = ""  # labelled DATA for k-NN on the way, or nothing
     eval_crop: int = 0  # pixels of the evaluation's centre crop; 0: the global crop's
+    dense_evaluation: str = ""  # folder of images/ and labels/ for patch k-NN on the way, or nothing
+    dense_ignore: int = 255  # label of the pixels that do not count
 
 
 @dataclass(frozen=True)
@@ -136,12 +148,17 @@ class Recipe:
             "patch_size": model.patch_size,
             "num_registers": model.num_registers,
             "layer_scale": model.layer_scale,
+            "norm_eps": model.norm_eps,
             "image_size": model.image_size or self.crops.global_size,
         }
-        for name in ("width", "depth", "num_heads"):
+        for name in ("width", "depth", "num_heads", "ffn", "interpolation"):
             if getattr(model, name):
                 overrides[name] = getattr(model, name)
         return vit_config(model.size, **overrides)
+
+    def num_ibot_prototypes(self) -> int:
+        """Outputs of the head that the masked patches go through."""
+        return self.head.num_prototypes if self.head.shared else self.head.ibot_num_prototypes
 
     def peak_lr(self) -> float:
         """The learning rate after warm-up, scaled by the batch (DINOv2 appendix B: square root)."""
@@ -216,7 +233,7 @@ def check(recipe: Recipe, where: str) -> None:
             name,
             f"is {size}, not a multiple of the patch ({model.patch_size}); {multiple} is",
         )
-    for name in ("warmup", "freeze_last_layer"):
+    for name in ("warmup", "freeze_last_layer", "freeze_backbone"):
         share = getattr(recipe.optimizer, name)
         need(0 <= share <= 1, f"optimizer.{name}", f"is {share}, and is a fraction of the run, in [0, 1]")
     share = recipe.teacher.temperature_warmup

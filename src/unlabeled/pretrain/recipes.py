@@ -96,7 +96,8 @@ def _named() -> dict[str, Recipe]:
     }  # fmt: skip
 
 
-RECIPE_NAMES = ("auto", "tiny", "vits14", "vitb14", "vitl16_short", "vitl14", "vitg14", "dino_vits16")
+FITTED = ("auto", "highres")  # to data and machine, to the model that a run goes on from: see plan.py
+RECIPE_NAMES = (*FITTED, "tiny", "vits14", "vitb14", "vitl16_short", "vitl14", "vitg14", "dino_vits16")
 
 
 def named_recipe(name: str) -> Recipe:

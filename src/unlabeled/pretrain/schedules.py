@@ -14,6 +14,7 @@ class StepValues(NamedTuple):
 
     lr: float
     last_layer_lr: float
+    backbone_lr: float
     weight_decay: float
     teacher_momentum: float
     teacher_temperature: float
@@ -45,6 +46,7 @@ def values_at(recipe: Recipe, step: int) -> StepValues:
     return StepValues(
         lr=lr,
         last_layer_lr=0.0 if step < round(optimizer.freeze_last_layer * total) else lr,
+        backbone_lr=0.0 if step < round(optimizer.freeze_backbone * total) else lr,
         weight_decay=cosine(step, total, optimizer.weight_decay, optimizer.final_weight_decay),
         teacher_momentum=cosine(step, total, teacher.momentum, teacher.final_momentum),
         teacher_temperature=linear_warmup(

@@ -1,0 +1,209 @@
+"""What a run is made of, before its first step: a folder, images, a recipe with every field resolved, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from unlabeled.errors import UserError, writing
+from unlabeled.images.bad_files import first_readable
+from unlabeled.images.sources import Source, open_source
+from unlabeled.pretrain import auto
+from unlabeled.pretrain.checkpoint import all_checkpoints
+from unlabeled.pretrain.frozen_teacher import distillation
+from unlabeled.pretrain.parallel import Parallel
+from unlabeled.pretrain.recipe import DataRecipe, Recipe, check, override
+from unlabeled.pretrain.recipes import named_recipe, read_recipe, write_recipe
+from unlabeled.pretrain.start import Start, heads_fit, load_start, model_fields, with_grid
+
+HIGH_RESOLUTION = 518  # pixels, of the released models' last phase (DINOv2 appendix B)
+HIGH_RESOLUTION_STEPS = 10_000
+LOWER = 0.1  # learning rate of a run that begins with trained weights, over that of one that does not
+FREEZE = 0.1  # share of the run in which heads that start anew learn to read a backbone that stays as it is
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run about to be done.
+
+    Attributes:
+        folder: the run folder.
+        recipe: every field resolved, checked.
+        source: the images.
+        start: weights to begin with; None where they are random, or a checkpoint has them.
+        frozen_teacher: the teacher of a distillation, or None.
+    """
+
+    folder: Path
+    recipe: Recipe
+    source: Source
+    start: Start | None = None
+    frozen_teacher: Start | None = None
+
+
+def prepared(
+    out: str | Path | None,
+    recipe: str | Path | Recipe,
+    values: dict[str, Any],
+    parallel: Parallel,
+    console: Console,
+) -> Plan:
+    """A new run; its recipe.toml is written.
+
+    Args:
+        out: the run folder to make.
+        recipe: a name, a TOML file or a Recipe.
+        values: dotted recipe fields that the user set.
+        parallel: device and ranks.
+        console: where the reasons of choices go.
+
+    Raises:
+        UserError: bad folder, images, recipe or weights.
+    """
+    if out is None:
+        raise UserError("no run folder was given: unlabeled pretrain DATA --out RUN")
+    folder = Path(out)
+    if all_checkpoints(folder / "checkpoints"):
+        raise UserError(
+            f"{folder} holds a run already: resume it with --resume {folder}, or choose another --out"
+        )
+    values = {name: _absolute(value) if name in _PLACES else value for name, value in values.items()}
+    plan: Recipe | None = None
+    if isinstance(recipe, Recipe):
+        plan = recipe
+    elif str(recipe).endswith(".toml"):
+        plan = read_recipe(Path(recipe))
+    elif recipe not in ("auto", "highres"):
+        plan = named_recipe(str(recipe))
+    train = values.get("data.train") or (plan.data.train if plan else "")
+    if not train:
+        raise UserError("no images were given: unlabeled pretrain DATA --out RUN")
+    source = open_source(train)
+    first_readable(source)
+    start = _loaded(values.get("model.start") or (plan.model.start if plan else ""))
+    teacher = _loaded(values.get("teacher.model") or (plan.teacher.model if plan else ""))
+
+    reasons: list[str] = []
+    if recipe == "highres":
+        plan, reasons = _high_resolution(start, values)
+    elif plan is None and start and start.recipe:
+        plan, reasons = _again(start.recipe), [f"the recipe is that of {start.name}"]
+    elif plan is None:
+        plan, reasons = auto.choose(source, parallel, values, has_weights=start is not None)
+    assert plan is not None
+    if start and "model.start" in values:  # a recipe that names its own is taken as it stands
+        plan, more = _continued(plan, start)
+        reasons += more
+    if teacher and "teacher.model" in values:
+        plan = distillation(plan, teacher, len(source))
+        reasons.append(
+            f"the teacher {teacher.name} stays as it is: no masks, no drop path, {plan.head.num_prototypes} prototypes"
+        )
+    plan = auto.filled(override(plan, values, "the command line"))
+    if start and not plan.model.image_size:
+        plan = dataclasses.replace(plan, model=with_grid(start, plan))
+    if start and "model.start" in values:
+        if heads_fit(start, plan):
+            reasons.append("the heads come along")
+        else:
+            plan = override(plan, {"optimizer.freeze_backbone": FREEZE} | values, "the command line")
+            share = plan.optimizer.freeze_backbone
+            reasons.append(f"the heads start anew, and the backbone stays as it is for the first {share:.0%}")
+    check(plan, "the recipe")
+    for reason in reasons:
+        console.print(reason, highlight=False, soft_wrap=True)
+    if parallel.rank == 0:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_recipe(plan, folder / "recipe.toml")
+    parallel.barrier()
+    return Plan(folder, plan, source, start, teacher)
+
+
+def resumed(folder: Path, values: dict[str, Any]) -> Plan:
+    """A run to go on with.
+
+    Args:
+        folder: of the run.
+        values: fields of `run` and data.train may change; no others.
+
+    Raises:
+        UserError: there is no run, or a field cannot change.
+    """
+    if not (folder / "recipe.toml").exists():
+        raise UserError(f"{folder} is no run folder: it has no recipe.toml")
+    for name in values:
+        if not name.startswith("run.") and name != "data.train":
+            raise UserError(
+                f"--{name} cannot change in a resumed run: start a new one, or edit {folder}/recipe.toml"
+            )
+    values = {name: _absolute(value) if name in _PLACES else value for name, value in values.items()}
+    recipe = override(read_recipe(folder / "recipe.toml"), values, "the command line")
+    start = None if all_checkpoints(folder / "checkpoints") else _loaded(recipe.model.start)
+    return Plan(folder, recipe, open_source(recipe.data.train), start, _loaded(recipe.teacher.model))
+
+
+_PLACES = ("data.train", "data.evaluation", "data.dense_evaluation", "model.start", "teacher.model")
+
+
+def _absolute(value: Any) -> Any:
+    """Paths are kept absolute, so that a run resumes from any folder; names (of a hub) stay names."""
+    text = os.path.expanduser(value)  # noqa: PTH111  (a glob is no path)
+    is_path = Path(text).exists() or "*" in text or not isinstance(value, str)
+    return os.path.abspath(text) if is_path else value  # noqa: PTH100
+
+
+def _loaded(name: str) -> Start | None:
+    return load_start(name) if name else None
+
+
+def _again(recipe: Recipe) -> Recipe:
+    """The recipe of a finished run for a new one: bookkeeping, data and origin are the new run's own."""
+    return dataclasses.replace(
+        recipe,
+        run=dataclasses.replace(recipe.run, checkpoint_every=0, health_every=0, eval_every=0),
+        data=DataRecipe(),
+        optimizer=dataclasses.replace(recipe.optimizer, freeze_backbone=0.0),
+        teacher=dataclasses.replace(recipe.teacher, model=""),
+    )
+
+
+def _high_resolution(start: Start | None, values: dict[str, Any]) -> tuple[Recipe, list[str]]:
+    """The short phase at a larger size: the recipe that was, its schedules compressed, its crops larger."""
+    if start is None:
+        raise UserError("the recipe highres goes on from a model: --from RUN (or any MODEL)")
+    base = _again(start.recipe) if start.recipe else named_recipe("vits14")
+    patch = start.backbone.config.patch_size
+    wanted = int(values.get("crops.global_size", HIGH_RESOLUTION))
+    size = max(1, round(wanted / patch)) * patch
+    crops = dataclasses.replace(base.crops.fitted(patch), global_size=size)
+    steps = int(values.get("run.steps", HIGH_RESOLUTION_STEPS))
+    recipe = dataclasses.replace(
+        base,
+        name="highres",
+        crops=crops,
+        model=dataclasses.replace(base.model, image_size=size),
+        run=dataclasses.replace(base.run, steps=steps),
+    )
+    return recipe, [f"global crops of {size} pixels for {steps} steps; all else as {start.name} was trained"]
+
+
+def _continued(recipe: Recipe, start: Start) -> tuple[Recipe, list[str]]:
+    """A recipe for training on from weights, and what was changed, with the reason."""
+    config = start.backbone.config
+    recipe = dataclasses.replace(
+        recipe,
+        crops=recipe.crops.fitted(config.patch_size),
+        model=model_fields(start, recipe),
+        optimizer=dataclasses.replace(recipe.optimizer, lr=recipe.optimizer.lr * LOWER),
+    )
+    reasons = [
+        f"the backbone of {start.name}: {config.depth} blocks of width {config.width}, patch {config.patch_size}",
+        f"learning rate {recipe.optimizer.lr:g} before scaling, a tenth: the weights are trained",
+    ]
+    return recipe, reasons
