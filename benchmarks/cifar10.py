@@ -1,6 +1,6 @@
 """CIFAR-10 without labels: k-NN (k = 20) of a backbone pretrained for a given time, and what each part brings.
 
-    python benchmarks/cifar10.py TRAIN.parquet TEST.parquet [--minutes 20] [--parts] [--device auto] [--out TABLE.md]
+    python benchmarks/cifar10.py TRAIN.parquet TEST.parquet [--minutes 20] [--parts] [--run RUN] [--out TABLE.md]
 
 The number of steps is chosen from the rate of a short run, so that training takes the minutes asked for; evaluations
 are not counted. Rows: raw pixels (mean removed, cosine), the untrained backbone, the trained one at intervals. --parts
@@ -59,9 +59,14 @@ def evaluate(model: VisionTransformer, train: Source, test: Source, device: torc
 
 
 def train_once(
-    recipe: Recipe, data: str, sources: tuple[Source, Source], device: str, console: Console
+    recipe: Recipe,
+    data: str,
+    sources: tuple[Source, Source],
+    device: str,
+    console: Console,
+    kept: Path | None = None,
 ) -> tuple[list[dict[str, Any]], float]:
-    """Metrics rows with an evaluation, and the seconds of training."""
+    """Metrics rows with an evaluation, and the seconds of training; the run folder stays at `kept`."""
     spent, target = 0.0, Parallel.start(device).device
 
     def evaluation(model: VisionTransformer) -> dict[str, float]:
@@ -75,7 +80,12 @@ def train_once(
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         run = pretrain(
-            data, Path(folder) / "run", recipe=recipe, device=device, evaluation=evaluation, console=console
+            data,
+            kept or Path(folder) / "run",
+            recipe=recipe,
+            device=device,
+            evaluation=evaluation,
+            console=console,
         )
         seconds = time.perf_counter() - begun - spent
         return [row for row in run.metrics if EVALUATED[0] in row], seconds
@@ -92,7 +102,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="recipe fields")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--run", type=Path, help="keep the run folder here")
+    parser.add_argument("--out", type=Path, help="also write the table here")
     options = parser.parse_args()
     console = Console(stderr=True)
     sources = open_source(options.train), open_source(options.test)
@@ -126,7 +137,8 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     for name, changes in PARTS.items() if options.parts else [("all", {})]:
         recipe = override(base, changes, name)
-        found, seconds = train_once(recipe, options.train, sources, options.device, console)
+        kept = options.run if name == "all" else None
+        found, seconds = train_once(recipe, options.train, sources, options.device, console, kept)
         for row in found if name == "all" else found[-1:]:
             figures = " | ".join(f"{row[column]:.4f}" for column in EVALUATED)
             lines.append(f"| {name}, step {row['step'] + 1} | {figures} |")
