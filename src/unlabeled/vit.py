@@ -24,7 +24,7 @@ SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"]]] = {
     "vit_large": (1024, 24, 16, "mlp"),
     "vit_giant2": (1536, 40, 24, "swiglu"),
 }
-LAYER_NORM_EPS = 1e-6
+Interpolation = Literal["", "size", "antialias", "scale"]
 # Above this rate drop path runs the residual branch on a part of the batch only.
 SUBSET_DROP_PATH = 0.1
 
@@ -44,11 +44,13 @@ class VitConfig:
     # How the position embedding is resized: "size" and "antialias" resize to the wanted grid without and with
     # antialiasing; "scale" passes the factor (side + 0.1) / learned side, as Meta's models without registers.
     # "": as transformers does for the kind, "antialias" with registers and "size" without.
-    interpolation: Literal["", "size", "antialias", "scale"] = ""
+    interpolation: Interpolation = ""
     fit: Literal["crop", "pad"] = "crop"  # sides that are no multiple of the patch: centre crop or zero pad
-    layer_scale: float = 1e-5  # initial value
+    # Initial value. A model without LayerScale, as the original DINO's, is one with ones: x * 1 is x exactly.
+    layer_scale: float = 1e-5
     in_channels: int = 3
     qkv_bias: bool = True
+    norm_eps: float = 1e-6  # of every layer norm, added to the variance
 
     def __post_init__(self) -> None:
         if not self.interpolation:
@@ -183,10 +185,10 @@ class Block(nn.Module):
     def __init__(self, config: VitConfig, drop_path: float) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config) if config.ffn == "mlp" else SwiGlu(config)
         self.ls2 = LayerScale(config)
 
@@ -233,7 +235,10 @@ class VisionTransformer(nn.Module):
 
     drop_path: one rate for every block, active in training mode only.
     checkpoint_blocks: recompute each block's activations in the backward pass, for memory.
+    notes: one line for each thing that the file it was read from does not hold.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: VitConfig, drop_path: float = 0.0, checkpoint_blocks: bool = False) -> None:
         super().__init__()
@@ -247,7 +252,7 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, D))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, drop_path) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.init_weights()
 
     @torch.no_grad()

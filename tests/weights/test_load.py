@@ -12,7 +12,7 @@ import torch
 from unlabeled.errors import UserError
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.huggingface import save_huggingface
-from unlabeled.weights.load import META_NAME, TIMM_NAME, load_model
+from unlabeled.weights.load import KNOWN_NAMES, META_PLACES, TIMM_NAME, load_model
 from unlabeled.weights.meta import save_meta
 from unlabeled.weights.timm import save_timm
 
@@ -31,11 +31,6 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-
-    def no_network(url: str, *args: object, **kwargs: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     return tmp_path
 
 
@@ -76,24 +71,12 @@ def test_timm_names_come_from_the_cache(model: VisionTransformer, offline: Path)
         assert torch.equal(load_model(name).register_tokens, model.register_tokens)
 
 
-def test_meta_names_come_from_the_torch_hub_folder(
-    model: VisionTransformer, offline: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def download(url: str, path: str) -> None:
-        asked.append(url)
-        save_meta(model, path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for _ in range(2):
-        assert_same(model, load_model("dinov2_vits14_reg"))
-    load_model("dinov2_vitg14")
-    base = "https://dl.fbaipublicfiles.com/dinov2"
-    assert asked == [
-        f"{base}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-        f"{base}/dinov2_vitg14/dinov2_vitg14_pretrain.pth",
-    ]
+def test_meta_names_come_from_the_torch_hub_folder(model: VisionTransformer, offline: Path) -> None:
+    cached = offline / "torch" / "checkpoints"
+    save_meta(model, cached / "dinov2_vits14_reg4_pretrain.pth")
+    assert_same(model, load_model("dinov2_vits14_reg"))
+    save_meta(model, cached / "dino_deitsmall16_pretrain.pth")
+    assert_same(model, load_model("dino_vits16"))
 
 
 def test_offline_says_what_to_fetch_and_where_to_put_it(offline: Path) -> None:
@@ -101,8 +84,14 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(offline: Path) -> None:
         UserError, match=r"HF_HUB_OFFLINE is set; fetch https://huggingface\.co/facebook/dino"
     ):
         load_model("facebook/dinov2-small")
-    with pytest.raises(UserError, match=r"dinov2_vitb14_pretrain\.pth .*put it at .*torch.checkpoints"):
-        load_model("dinov2_vitb14")
+    for name, address in (
+        ("dinov2_vitb14", "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"),
+        ("dino_vitb8", "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
+    ):
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE is set; fetch it where there is") as caught:
+            load_model(name)
+        path = offline / "torch" / "checkpoints" / Path(address).name
+        assert f"put it at {path}: https://dl.fbaipublicfiles.com/{address}." in str(caught.value)
     with pytest.raises(UserError, match="did you mean facebook/dinov2-small"):
         load_model("facebook/dinov2-smal")
 
@@ -176,8 +165,31 @@ def test_files_that_are_no_weights(model: VisionTransformer, tmp_path: Path) -> 
 
 
 def test_names() -> None:
-    assert META_NAME.fullmatch("dinov2_vitl14_reg") and not META_NAME.fullmatch("dinov2_vitl14_lc")
+    assert META_PLACES["dinov2_vitl14_reg"] == "dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"
+    assert META_PLACES["dino_vits8"] == "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+    assert len(META_PLACES) == 12 and len(set(META_PLACES.values())) == 12
     assert TIMM_NAME.fullmatch("timm/vit_giant_patch14_reg4_dinov2.lvd142m")
+    assert TIMM_NAME.fullmatch("vit_small_patch16_224.dino")
+    assert {"facebook/dino-vitb8", "facebook/dinov2-with-registers-giant", "dino_vits16"} <= set(KNOWN_NAMES)
+
+
+def test_interpolation_by_hand(model: VisionTransformer, tmp_path: Path) -> None:
+    """It is part of the configuration, so it travels on with the model."""
+    save_huggingface(model, tmp_path / "a")
+    images = torch.randn(1, 3, 20, 24)
+    features = {}
+    for mode in ("size", "antialias", "scale"):
+        loaded = load_model(tmp_path / "a", interpolation=mode)
+        assert loaded.config == replace(model.config, interpolation=mode)
+        save_huggingface(loaded, tmp_path / mode)
+        again = load_model(tmp_path / mode)
+        assert again.config.interpolation == mode
+        features[mode] = again(images).cls
+        assert torch.equal(features[mode], loaded(images).cls)
+    assert not torch.equal(features["size"], features["scale"])
+    assert torch.equal(features["antialias"], model(images).cls)
+    with pytest.raises(UserError, match="no interpolation 'bicubic'; choose one of size, antialias, scale"):
+        load_model(tmp_path / "a", interpolation="bicubic")
 
 
 def test_device(model: VisionTransformer, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every weight format shares: reading tensors, renaming keys, strict filling, atomic writing."""
 
+import argparse
 import json
 import os
 import pickle
@@ -28,7 +29,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        # DINO's training checkpoints hold their options; a Namespace is a plain container.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     # What a damaged pickle raises depends on the byte it breaks at.
@@ -76,11 +79,18 @@ def renamer(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
     return rename
 
 
-def fill(config: VitConfig, state: Mapping[str, Tensor], source: str) -> VisionTransformer:
-    """Return a model in evaluation mode with these weights (our keys), in float32.
+def fill(
+    config: VitConfig, state: Mapping[str, Tensor], source: str, notes: Iterable[str] = ()
+) -> VisionTransformer:
+    """Return a model in evaluation mode with these weights (our keys), in float32, and these notes.
 
     Raises UserError, in one line, naming missing, unexpected and wrongly shaped keys of `source`.
     """
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(
+            f"{source} holds more than tensors ({', '.join(strange[:4])}); expected weights only."
+        )
     with torch.device("meta"):
         model = VisionTransformer(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -100,6 +110,7 @@ def fill(config: VitConfig, state: Mapping[str, Tensor], source: str) -> VisionT
         raise UserError(f"{source} does not fit a DINOv2 backbone: {'; '.join(filter(None, faults))}.")
     model.to_empty(device="cpu")
     model.load_state_dict(state)
+    model.notes = tuple(notes)
     return model.eval()
 
 

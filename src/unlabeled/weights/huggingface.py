@@ -1,4 +1,7 @@
-"""Folders in Hugging Face format: config.json and model.safetensors, as Dinov2Model and its kin read them."""
+"""Folders in Hugging Face format: config.json and model.safetensors, as Dinov2Model and its kin read them.
+
+The original DINO is a ViTModel there; it is read, and written as a Dinov2Model whose LayerScale is ones.
+"""
 
 import json
 import re
@@ -10,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from unlabeled.errors import UserError
-from unlabeled.vit import LAYER_NORM_EPS, VisionTransformer, VitConfig
+from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.weights.dino import MASK_NOTE, with_layer_scale
 from unlabeled.weights.files import State, fill, read_json, read_tensors, renamer, replacing
 
 # ours, theirs on disk (transformers 5 renames modules in memory, not on disk)
@@ -31,13 +35,21 @@ TABLE = (
     ("blocks.{i}.mlp.w3", "encoder.layer.{i}.mlp.weights_out"),
     ("norm", "layernorm"),
 )
+# What differs in a ViTModel, which has no LayerScale.
+VIT_TABLE = (
+    ("blocks.{i}.norm1", "encoder.layer.{i}.layernorm_before"),
+    ("blocks.{i}.norm2", "encoder.layer.{i}.layernorm_after"),
+    ("blocks.{i}.mlp.fc1", "encoder.layer.{i}.intermediate.dense"),
+    ("blocks.{i}.mlp.fc2", "encoder.layer.{i}.output.dense"),
+    *(pair for pair in TABLE if not re.search(r"norm\d|mlp|ls\d|register", pair[0])),
+)
 # blocks.{i}.attn.qkv is encoder.layer.{i}.attention.attention.query, .key and .value, stacked in this order.
 QKV = ("query", "key", "value")
 OUR_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
 THEIR_QKV = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)")
-PREFIX = re.compile(r"^dinov2(_with_registers)?\.")  # of the backbone inside a classifier
+PREFIX = re.compile(r"^(dinov2(_with_registers)?|vit)\.")  # of the backbone inside a classifier
 
-KINDS = ("dinov2", "dinov2_with_registers")
+KINDS = ("dinov2", "dinov2_with_registers", "vit")
 OWN_KEY = "unlabeled"  # what transformers' config has no field for
 
 
@@ -52,14 +64,21 @@ def load_huggingface(folder: str | Path) -> VisionTransformer:
     tensors: State = {}
     for path in weight_files(folder):
         tensors.update(read_tensors(path))
-    return fill(config, from_huggingface(tensors, config), str(folder))
+    is_vit = read_json(folder / "config.json")["model_type"] == "vit"
+    state = from_huggingface(tensors, config, is_vit)
+    notes = [] if "mask_token" in state else [MASK_NOTE]
+    # Without use_mask_token none was learned.
+    return fill(config, {"mask_token": torch.zeros(1, config.width)} | state, str(folder), notes)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights; raises UserError where there are none."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise UserError(f"{index} names no weight files; fetch or export the model anew.")
+        return [folder / name for name in sorted(set(shards.values()))]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
@@ -69,44 +88,61 @@ def weight_files(folder: Path) -> list[Path]:
 def read_config(path: Path) -> VitConfig:
     """Return the configuration in a Hugging Face config.json.
 
-    Raises UserError for another model than DINOv2, or a variant that this backbone does not have.
+    Raises UserError for another model than DINOv2 or DINO, or a variant that this backbone does not have.
     """
     held = read_json(path)
     kind = held.get("model_type")
     if kind not in KINDS:
-        raise UserError(f"{path} is of model_type {kind!r}; a DINOv2 backbone is {' or '.join(KINDS)}.")
-    for field, value in (("hidden_act", "gelu"), ("layer_norm_eps", LAYER_NORM_EPS)):
-        if held.get(field, value) != value:
-            raise UserError(f"{path} has {field} {held[field]!r}; only {value!r} can be loaded.")
-    with_registers = kind == "dinov2_with_registers"
+        raise UserError(f"{path} is of model_type {kind!r}; a backbone here is one of {', '.join(KINDS)}.")
+    if held.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path} has hidden_act {held['hidden_act']!r}; only 'gelu' can be loaded.")
+    with_registers, is_vit = kind == "dinov2_with_registers", kind == "vit"
+    width = _count(held, "hidden_size", 768, path)
+    num_heads = _count(held, "num_attention_heads", 12, path)
+    if not num_heads or width % num_heads:
+        raise UserError(f"{path} has hidden_size {width}, which {num_heads} attention heads do not divide.")
+    hidden = _count(held, "intermediate_size", 3072, path)
+    if is_vit and hidden % width:
+        raise UserError(f"{path} has intermediate_size {hidden}; only multiples of {width} can be loaded.")
     own = held.get(OWN_KEY, {})
     return VitConfig(
-        width=held.get("hidden_size", 768),
-        depth=held.get("num_hidden_layers", 12),
-        num_heads=held.get("num_attention_heads", 12),
-        patch_size=_side(held.get("patch_size", 16 if with_registers else 14), "patch_size", path),
-        num_registers=held.get("num_register_tokens", 4) if with_registers else 0,
+        width=width,
+        depth=_count(held, "num_hidden_layers", 12, path),
+        num_heads=num_heads,
+        patch_size=_side(held.get("patch_size", 14 if kind == "dinov2" else 16), "patch_size", path),
+        num_registers=_count(held, "num_register_tokens", 4, path) if with_registers else 0,
         ffn="swiglu" if held.get("use_swiglu_ffn", False) else "mlp",
-        mlp_ratio=held.get("mlp_ratio", 4),
+        mlp_ratio=hidden // width if is_vit else _count(held, "mlp_ratio", 4, path),
         image_size=_side(held.get("image_size", 224), "image_size", path),
         interpolation=own.get("interpolation", "antialias" if with_registers else "size"),
         fit=own.get("fit", "crop"),
-        layer_scale=held.get("layerscale_value", 1.0),
-        in_channels=held.get("num_channels", 3),
+        layer_scale=1.0 if is_vit else held.get("layerscale_value", 1.0),
+        in_channels=_count(held, "num_channels", 3, path),
         qkv_bias=held.get("qkv_bias", True),
+        norm_eps=held.get("layer_norm_eps", 1e-12 if is_vit else 1e-6),
     )
+
+
+def _count(held: Mapping[str, Any], field: str, default: int, path: Path) -> int:
+    value = held.get(field, default)
+    if not isinstance(value, int | float) or value != int(value) or value < 0:
+        raise UserError(f"{path} has {field} {value!r}; expected a whole number.")
+    return int(value)
 
 
 def _side(value: Any, field: str, path: Path) -> int:
     sides = value if isinstance(value, list) else [value]
     if len(set(sides)) != 1:
         raise UserError(f"{path} has {field} {value}; only square ones can be loaded.")
-    return int(sides[0])
+    return _count({field: sides[0]}, field, 0, path)
 
 
-def from_huggingface(tensors: Mapping[str, torch.Tensor], config: VitConfig) -> State:
-    """Return our state dict of a Hugging Face one; keys that are not known stay as they are."""
-    rename = renamer((theirs, ours) for ours, theirs in TABLE)
+def from_huggingface(tensors: Mapping[str, torch.Tensor], config: VitConfig, is_vit: bool = False) -> State:
+    """Return our state dict of a Hugging Face one; keys that are not known stay as they are.
+
+    is_vit: the model is a ViTModel; its pooler, which the original DINO never trained, is left out.
+    """
+    rename = renamer((theirs, ours) for ours, theirs in (VIT_TABLE if is_vit else TABLE))
     classifier = any(PREFIX.match(key) for key in tensors)
     state: State = {}
     thirds: dict[str, dict[str, torch.Tensor]] = {}
@@ -114,7 +150,9 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: VitConfig) -> 
         key = PREFIX.sub("", key)
         if match := THEIR_QKV.fullmatch(key):
             thirds.setdefault(f"blocks.{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = value
-        elif not (classifier and key.startswith("classifier.")):
+        elif not (classifier and key.startswith("classifier.")) and not (
+            is_vit and key.startswith("pooler.dense.")
+        ):
             state[rename(key)] = value
     for name, parts in thirds.items():
         if len(parts) == len(QKV):
@@ -123,7 +161,10 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: VitConfig) -> 
             state.update({f"{name} ({part})": value for part, value in parts.items()})
     if not config.num_registers:
         state.pop("register_tokens", None)  # of length zero
-    state.setdefault("mask_token", torch.zeros(1, config.width))  # use_mask_token false: none was learned
+    if is_vit:
+        state = with_layer_scale(state, config)
+        if "mask_token" in state:
+            state["mask_token"] = state["mask_token"].flatten(0, 1)  # (1, 1, D) in a ViTModel
     return state
 
 
@@ -166,7 +207,7 @@ def to_config(config: VitConfig) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "drop_path_rate": 0.0,
-        "layer_norm_eps": LAYER_NORM_EPS,
+        "layer_norm_eps": config.norm_eps,
         "layerscale_value": config.layer_scale,
         "use_swiglu_ffn": config.ffn == "swiglu",
         "image_size": config.image_size,

@@ -2,29 +2,48 @@
 
 import difflib
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from unlabeled.errors import UserError
-from unlabeled.vit import VisionTransformer
+from unlabeled.vit import Interpolation, VisionTransformer
+from unlabeled.weights.download import fetch_hub, fetch_meta
 from unlabeled.weights.files import read_json, read_tensors
-from unlabeled.weights.huggingface import load_huggingface, read_config
-from unlabeled.weights.meta import from_meta
+from unlabeled.weights.huggingface import load_huggingface
+from unlabeled.weights.meta import from_meta, is_original_dino
 from unlabeled.weights.timm import from_timm
 
 LETTERS = {"s": "small", "b": "base", "l": "large", "g": "giant"}
-# Names of Meta's torch.hub: dinov2_vits14, dinov2_vits14_reg, ...
-META_NAME = re.compile(r"dinov2_vit([sblg])14(_reg)?")
-META_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{letter}14/{file}"
-TIMM_NAME = re.compile(r"(?:timm/)?(vit_(?:small|base|large|giant)_patch14_(?:reg4_)?dinov2)(\.\w+)?")
+# Names of Meta's torch.hub: dinov2_vits14, dinov2_vits14_reg, ...; and where the file is.
+META_PLACES = {
+    **{
+        f"dinov2_vit{x}14{kind}": f"dinov2/dinov2_vit{x}14/dinov2_vit{x}14{file}_pretrain.pth"
+        for kind, file in (("", ""), ("_reg", "_reg4"))
+        for x in LETTERS
+    },
+    **{
+        f"dino_{size}{patch}": f"dino/dino_{file}{patch}_pretrain/dino_{file}{patch}_pretrain.pth"
+        for size, file in (("vits", "deitsmall"), ("vitb", "vitbase"))
+        for patch in (16, 8)
+    },
+}
+# The part after the point, which names the training, can be left out.
+TIMM_NAME = re.compile(
+    r"(?:timm/)?(vit_(?:small|base|large|giant)_patch14_(?:reg4_)?dinov2|vit_(?:small|base)_patch(?:16|8)_224)(\.\w+)?"
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+HUGGING_FACE_KEYS = ("embeddings.", "dinov2.", "dinov2_with_registers.", "vit.")
 
 KNOWN_NAMES = [
     *(f"facebook/dinov2-{kind}{size}" for kind in ("", "with-registers-") for size in LETTERS.values()),
-    *(f"dinov2_vit{letter}14{kind}" for kind in ("", "_reg") for letter in LETTERS),
+    *(f"facebook/dino-vit{size}{patch}" for size in "sb" for patch in (16, 8)),
+    *META_PLACES,
     *(f"timm/vit_{size}_patch14_{kind}dinov2.lvd142m" for kind in ("", "reg4_") for size in LETTERS.values()),
+    *(f"timm/vit_{size}_patch{patch}_224.dino" for size in ("small", "base") for patch in (16, 8)),
 ]
 WAYS = (
     "a run folder, a Hugging Face folder, a .pth, .safetensors or .bin file, or a name such as "
@@ -32,15 +51,22 @@ WAYS = (
 )
 
 
-def load_model(text: str | Path, device: str | torch.device = "cpu") -> VisionTransformer:
+def load_model(
+    text: str | Path, device: str | torch.device = "cpu", interpolation: Interpolation = ""
+) -> VisionTransformer:
     """Return a backbone in evaluation mode, in float32, from any text that names a model.
 
     text: a run folder (its model/ is read), a folder in Hugging Face format, a weight file of Meta (.pth),
-    timm or Hugging Face (.safetensors, .bin), or a name: facebook/dinov2-small and any other DINOv2 on the
-    Hugging Face hub, dinov2_vits14 and dinov2_vits14_reg (Meta's), timm/vit_small_patch14_dinov2.lvd142m.
-    Names are downloaded once, into the hub's own caches.
+    timm or Hugging Face (.safetensors, .bin), or a name: facebook/dinov2-small and any other DINOv2 or DINO
+    on the Hugging Face hub, dinov2_vits14, dinov2_vits14_reg and dino_vits16 (Meta's),
+    timm/vit_small_patch14_dinov2.lvd142m. Names are downloaded once, into the hubs' own caches.
+    interpolation: how to resize the position embedding, see VitConfig; by default as the code does that the
+    weights come from.
     Raises UserError where nothing is found, what is found is no such model, or a download is impossible.
     """
+    if interpolation not in get_args(Interpolation):
+        ways = ", ".join(filter(None, get_args(Interpolation)))
+        raise UserError(f"There is no interpolation {interpolation!r}; choose one of {ways}.")
     path = Path(text).expanduser()
     if path.is_dir():
         model = load_folder(path)
@@ -48,6 +74,8 @@ def load_model(text: str | Path, device: str | torch.device = "cpu") -> VisionTr
         model = load_file(path)
     else:
         model = load_name(str(text))
+    if interpolation:
+        model.config = replace(model.config, interpolation=interpolation)
     return model.to(device)
 
 
@@ -76,84 +104,36 @@ def load_file(path: Path) -> VisionTransformer:
     if path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} is no weight file: {', '.join(WEIGHT_SUFFIXES)} can be read.")
     held = read_tensors(path)
-    if any(key.startswith(("embeddings.", "dinov2.", "dinov2_with_registers.")) for key in held):
+    if any(str(key).startswith(HUGGING_FACE_KEYS) for key in held):
         if not (path.parent / "config.json").exists():
             raise UserError(f"{path} is in Hugging Face format and needs its config.json beside it.")
         return load_huggingface(path.parent)
-    is_flat = "pos_embed" in held
-    if is_flat and "mask_token" not in held and "register_tokens" not in held:
-        return from_timm(held, str(path))
-    return from_meta(held, str(path))
+    return from_timm(held, str(path)) if _is_timms(held, path) else from_meta(held, str(path))
+
+
+def _is_timms(held: dict[str, Any], path: Path) -> bool:
+    if "pos_embed" not in held or "mask_token" in held or "register_tokens" in held:
+        return False
+    # The original DINO has the same keys in both, but Meta publishes no other than .pth files, and timm none.
+    return not (is_original_dino(held) and "reg_token" not in held and path.suffix in (".pth", ".pt"))
 
 
 def load_name(name: str) -> VisionTransformer:
     """Return the model that a name stands for, from the cache or from where it is published."""
-    if match := META_NAME.fullmatch(name):
-        return load_file(fetch_meta(match[1], with_registers=bool(match[2])))
+    if name in META_PLACES:
+        return load_file(fetch_meta(META_PLACES[name]))
+    hint = _did_you_mean(name) or f"expected {WAYS}."
     if match := TIMM_NAME.fullmatch(name):
-        return load_folder(fetch_hub(f"timm/{match[1]}{match[2] or '.lvd142m'}"))
+        training = match[2] or (".lvd142m" if "dinov2" in match[1] else ".dino")
+        return load_folder(fetch_hub(f"timm/{match[1]}{training}", hint))
     is_path = name.endswith(WEIGHT_SUFFIXES) or name.startswith((".", "~", "/"))
     if HUB_NAME.fullmatch(name) and not is_path:
-        return load_folder(fetch_hub(name))
-    hint = (not is_path and _did_you_mean(name)) or f"expected {WAYS}."
-    raise UserError(f"There is no {'file or folder' if is_path else 'model'} {name!r}; {hint}")
+        return load_folder(fetch_hub(name, hint))
+    if is_path:
+        raise UserError(f"There is no file or folder {name!r}; expected {WAYS}.")
+    raise UserError(f"There is no model {name!r}; {hint}")
 
 
 def _did_you_mean(name: str) -> str:
     near = [] if name in KNOWN_NAMES else difflib.get_close_matches(name, KNOWN_NAMES, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else ""
-
-
-def fetch_meta(letter: str, with_registers: bool) -> Path:
-    """Return the path of Meta's released .pth in torch's hub cache, downloading it if it is not there."""
-    file = f"dinov2_vit{letter}14{'_reg4' if with_registers else ''}_pretrain.pth"
-    url = META_URL.format(letter=letter, file=file)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path))
-    except OSError as error:
-        raise UserError(
-            f"Cannot download {url} ({error}); fetch it where there is a network and put it at {path}."
-        ) from error
-    return path
-
-
-def fetch_hub(name: str) -> Path:
-    """Return the folder of a model of the Hugging Face hub in its cache, downloading it if it is not there.
-
-    Honours HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE.
-    """
-    # The hub client is slow to import, and needed for names only.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError as NotFoundError
-
-    def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-
-    try:
-        config = fetch("config.json") / "config.json"
-        if config.exists() and "architecture" not in read_json(config):
-            read_config(config)  # before gigabytes of another kind of model are fetched
-        folder = fetch("config.json", "model*.safetensors", "model.safetensors.index.json")
-        if not any(folder.glob("model*.safetensors")):
-            folder = fetch("config.json", "pytorch_model.bin")
-    except (NotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{name!r} is no file or folder here, and the Hugging Face hub has no model of that name; "
-            f"{_did_you_mean(name) or f'expected {WAYS}.'}"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        advice = (
-            f"fetch https://huggingface.co/{name} (config.json, model.safetensors) where there is a network, "
-            "and give its folder."
-        )
-        raise UserError(
-            f"{name!r} is no file or folder here, is not in {constants.HF_HUB_CACHE}, and {offline}; "
-            f"{_did_you_mean(name) or advice}"
-        ) from error
-    return folder

@@ -1,6 +1,7 @@
-"""timm's weight files (.safetensors or .bin) of its DINOv2 vision transformers."""
+"""timm's weight files (.safetensors or .bin) of its DINOv2 and DINO vision transformers."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unlabeled.vit import VisionTransformer
+from unlabeled.weights.dino import MASK_NOTE, lacks_layer_scale, with_layer_scale, without_ones
 from unlabeled.weights.files import State, fill, read_tensors, renamer, replacing
-from unlabeled.weights.meta import config_of
+from unlabeled.weights.meta import NORM_EPS, config_of
 
 # ours, timm's; what is not listed is the same
 TABLE = (
@@ -38,8 +40,11 @@ def from_timm(held: Mapping[str, Any], source: str, num_heads: int | None = None
         cls_row = torch.zeros_like(state["pos_embed"][:, :1])
         state["pos_embed"] = torch.cat((cls_row, state["pos_embed"]), dim=1)
     config = config_of(state, source, "antialias", num_heads)
+    if lacks_layer_scale(state):  # the original DINO's
+        config = replace(config, layer_scale=1.0)
+        state = with_layer_scale(state, config)
     state["mask_token"] = torch.zeros(1, config.width)
-    return fill(config, state, source)
+    return fill(config, state, source, [MASK_NOTE])
 
 
 def _is_swiglu(held: Mapping[str, Tensor]) -> bool:
@@ -48,13 +53,16 @@ def _is_swiglu(held: Mapping[str, Tensor]) -> bool:
 
 
 def to_timm(model: VisionTransformer) -> tuple[State, list[str]]:
-    """Return timm's state dict of a model, and one line for each thing that it cannot carry."""
+    """Return timm's state dict of a model, and one line for each thing that it leaves out or cannot carry."""
     rename = renamer(TABLE)
-    state = {rename(name): value.detach().cpu().clone() for name, value in model.state_dict().items()}
-    notes = []
+    state, notes = without_ones(
+        {rename(name): value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    )
     if state.pop("mask_token").any():
         notes.append("timm has no mask token: it was left out.")
     if "reg_token" in state:
+        if state["pos_embed"][:, :1].any():
+            notes.append("timm has no position for CLS beside registers: it was added to the CLS token.")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:].clone()
     if model.config.interpolation != "antialias":
@@ -63,11 +71,13 @@ def to_timm(model: VisionTransformer) -> tuple[State, list[str]]:
             "timm resizes the position embedding with antialiasing: "
             f"its features are the same at {size} pixels only."
         )
+    if model.config.norm_eps != NORM_EPS:
+        notes.append(f"timm's layer norms have an epsilon of {NORM_EPS}, here {model.config.norm_eps}.")
     return state, notes
 
 
 def save_timm(model: VisionTransformer, path: str | Path) -> list[str]:
-    """Write a timm .safetensors file; return one line for each thing that timm cannot carry."""
+    """Write a timm .safetensors file; return one line for each thing that timm leaves out or cannot carry."""
     state, notes = to_timm(model)
     with replacing(Path(path)) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
