@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from unlabeled.images.sources import open_source
 from unlabeled.pretrain import auto
 from unlabeled.pretrain.parallel import Parallel
-from unlabeled.pretrain.recipe import check
+from unlabeled.pretrain.recipe import check, override
+from unlabeled.pretrain.recipes import named_recipe
 
 
 @pytest.mark.parametrize("side", [8, 32, 47, 48, 64, 80, 96, 300, 4000])
@@ -32,3 +34,33 @@ def test_choices_have_reasons_and_follow_the_user(tile_folder: Path) -> None:
 def test_bookkeeping_is_a_share_of_the_run() -> None:
     run = auto.filled(auto.small_images(32)).run
     assert (run.checkpoint_every, run.health_every, run.eval_every) == (100, 20, 200)
+
+
+def test_memory_decides_batch_and_accumulation(tile_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(tile_folder)
+    monkeypatch.setattr(auto, "median_side", lambda source: 400)
+    gpu = Parallel(torch.device("cuda", 0), 0, 2)
+    for gigabytes, most in ((80, 128), (24, 128), (8, 64)):
+        monkeypatch.setattr(auto, "device_memory", lambda device, size=gigabytes: size * 1e9)
+        recipe, reasons = auto.choose(source, gpu, {})
+        check(recipe, "auto")
+        assert recipe.model.size == "vit_small"
+        assert 2 * 8 <= recipe.run.batch_size <= 2 * most
+        assert recipe.run.accumulation == 1
+        large, _ = auto.choose(source, gpu, {"run.batch_size": 4096})
+        fits = auto.images_that_fit(recipe, gigabytes * 1e9)
+        assert (large.run.batch_size, large.run.accumulation) == (4096, -(-2048 // fits))
+        text = "\n".join(reasons)
+        for word in ("prototypes", "momentum", "warm-up", "batch", "steps", "ViT-S/14", "LayerScale"):
+            assert word in text
+
+
+def test_what_fits_follows_what_was_measured() -> None:
+    recipe = override(named_recipe("vits14"), {"run.precision": "float32"}, "test")
+    # 16 images of ViT-S/14 with the real recipe took 5.3 GB.
+    assert auto.images_that_fit(recipe, 5.3e9 / 0.8) in range(14, 21)
+    assert auto.images_that_fit(recipe, 1e9) == 1
+    slim = override(recipe, {"run.checkpoint_blocks": True}, "test")
+    assert auto.images_that_fit(slim, 24e9) > 2 * auto.images_that_fit(recipe, 24e9)
+    giant = named_recipe("vitg14")
+    assert auto.images_that_fit(giant, 80e9) < auto.images_that_fit(recipe, 80e9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import Source
 from unlabeled.pretrain.crops import CropRecipe
+from unlabeled.pretrain.method import Network
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import (
     HeadRecipe,
@@ -19,12 +22,15 @@ from unlabeled.pretrain.recipe import (
     Recipe,
     RunRecipe,
     TeacherRecipe,
+    override,
 )
 
 SHORT_RUN = 20_000  # steps under which LayerScale and teacher start as small_images has them
-GB_AN_IMAGE = (
-    0.25  # of device memory, ViT-S/14 with 2 x 224 + 8 x 98 crops in bf16; measured 4.7 GB at 16 images
-)
+LARGEST_BATCH = 128  # images a device that auto goes to by itself
+# Values kept for the backward pass of one token in one block, over the width: measured 2.5 GB for 16 images of
+# ViT-S/14 with 2 x 224 crops in float32.
+KEPT = 16.5
+SPARE = 1.25  # what allocators lose between the tensors: 5.3 GB measured where the tensors sum to 4.5
 
 
 def filled(recipe: Recipe) -> Recipe:
@@ -96,7 +102,7 @@ def choose(
     on_gpu = parallel.device.type == "cuda"
     reasons = [f"{count} images, median short side {side} pixels, on {parallel.device} x {parallel.world}"]
     if on_gpu and side > 96:
-        recipe = _photographs(count, parallel)
+        recipe = _photographs(count)
         if not has_weights:
             reasons.append("ViT-S/14 at 224 pixels: a GPU and photographs")
     else:
@@ -109,12 +115,23 @@ def choose(
         )
         if not has_weights:
             reasons.append(f"4 blocks of width 192, {crops.global_size}-pixel crops, patch {patch}: {why}")
-    batch = int(values.get("run.batch_size", recipe.run.batch_size))
+    fits = images_that_fit(
+        override(recipe, _known(values), "the command line"), device_memory(parallel.device)
+    )
+    automatic = (
+        min(fits, LARGEST_BATCH) * parallel.world if recipe.name == "photographs" else recipe.run.batch_size
+    )
+    batch = int(values.get("run.batch_size", automatic))
+    accumulation = math.ceil(batch / parallel.world / fits)
     default = int(np.clip(20 * count / batch, 1000, 5000 if not on_gpu else 125_000))
     steps = int(values.get("run.steps", default))
     reasons.append(
         f"{steps} steps of {batch} images: "
         + ("as asked" if "run.steps" in values else f"{steps * batch / count:.1f} passes over the images")
+    )
+    memory = f"{device_memory(parallel.device) / 1e9:.0f} GB hold {fits} images"
+    reasons.append(
+        f"batch {batch} in {accumulation} part{'s' if accumulation > 1 else ''} a device: {memory}"
     )
     if recipe.name == "photographs" and steps < SHORT_RUN and not has_weights:
         recipe = dataclasses.replace(
@@ -122,24 +139,63 @@ def choose(
             model=dataclasses.replace(recipe.model, layer_scale=0.1),
             teacher=dataclasses.replace(recipe.teacher, momentum=0.98),
         )
-        reasons.append(f"LayerScale starts at 0.1, teacher momentum at 0.98: fewer than {SHORT_RUN} steps")
-    reasons.append(f"{recipe.head.num_prototypes} prototypes: for {count} images")
-    run = dataclasses.replace(recipe.run, steps=steps, batch_size=batch)
+        reasons.append(f"LayerScale starts at 0.1: fewer than {SHORT_RUN} steps cannot wait for it")
+    teacher, optimizer = recipe.teacher, recipe.optimizer
+    why = "short" if steps < SHORT_RUN else "long"
+    reasons += [
+        f"{recipe.head.num_prototypes} prototypes: for {count} images",
+        f"teacher momentum from {teacher.momentum}, as for a {why} run; warm-up of the learning rate over "
+        f"{optimizer.warmup:.0%} of it, of the teacher's temperature over {teacher.temperature_warmup:.0%}",
+    ]
+    run = dataclasses.replace(recipe.run, steps=steps, batch_size=batch, accumulation=accumulation)
     return dataclasses.replace(recipe, name="auto", run=run), reasons
 
 
-def _photographs(count: int, parallel: Parallel) -> Recipe:
-    """ViT-S/14 as the papers train it, its batch from the device's memory, its prototypes from the number of images."""
-    memory = torch.cuda.get_device_properties(parallel.device).total_memory / 1e9
-    batch = 16 * max(1, int(min(0.8 * memory / GB_AN_IMAGE, 128) // 16)) * parallel.world
+def _photographs(count: int) -> Recipe:
+    """ViT-S/14 as the papers train it, its prototypes from the number of images."""
     prototypes = 65536 if count >= 1_000_000 else 16384 if count >= 100_000 else 4096
     return Recipe(
         name="photographs",
         model=ModelRecipe(size="vit_small", drop_path=0.1),
         head=HeadRecipe(num_prototypes=prototypes, ibot_num_prototypes=prototypes),
         optimizer=OptimizerRecipe(layer_decay=0.9),
-        run=RunRecipe(batch_size=batch),
     )
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """The user's fields that say how much memory an image takes."""
+    return {name: value for name, value in values.items() if name.split(".")[0] in ("model", "head", "loss")}
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of memory of a device, all of it; the machine's for a CPU and for MPS."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def images_that_fit(recipe: Recipe, memory: float) -> int:
+    """How many images of a step a device has memory for, at least 1.
+
+    Counted are weights, gradients, moments and teacher; what the backward pass of the global crops keeps; the targets
+    of the masked patches. A fifth of the memory is left alone.
+
+    Args:
+        recipe: of the run.
+        memory: bytes.
+    """
+    config, crops = recipe.vit_config(), recipe.crops
+    with torch.device("meta"):
+        network = Network(recipe, drop_path=0.0)
+    fixed = 5 * 4 * sum(parameter.numel() for parameter in network.parameters())
+    patches = (crops.global_size // config.patch_size) ** 2
+    tokens = crops.num_globals * (1 + config.num_registers + patches)
+    local = 1 + config.num_registers + (crops.local_size // config.patch_size) ** 2
+    tokens = max(tokens, crops.num_locals * local)
+    kept = 4 * KEPT * config.width * (2 if recipe.run.checkpoint_blocks else config.depth) * tokens
+    masked = crops.num_globals * patches * recipe.loss.mask_probability * sum(recipe.loss.mask_ratio) / 2
+    targets = 2 * 4 * masked * recipe.num_ibot_prototypes() if recipe.loss.ibot else 0.0
+    return max(1, int((0.8 * memory / SPARE - fixed) // (kept + targets)))
 
 
 def median_side(source: Source, count: int = 32) -> int:
