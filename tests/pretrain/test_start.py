@@ -20,7 +20,7 @@ from unlabeled.pretrain.method import Network, SelfDistillation
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.plan import prepared
 from unlabeled.pretrain.start import load_start
-from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.vit import VisionTransformer, VitConfig, vit_config
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
 
@@ -182,6 +182,15 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again_with_the_weights
     shutil.rmtree(tmp_path / "again" / "checkpoints")
     again = loop.pretrain(resume=tmp_path / "again", device="cpu", console=QUIET)
     assert [row["loss"] for row in again.metrics] == [row["loss"] for row in whole.metrics]
+
+
+def test_a_named_size_keeps_its_name(tile_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(vit_config("vit_tiny", patch_size=8, image_size=32, num_registers=4))
+    save_huggingface(model.eval(), tmp_path / "released")
+    recipe = planned(tile_folder, tmp_path / "run", tmp_path / "released", recipe="vits14").recipe
+    assert (recipe.model.size, recipe.model.depth, recipe.model.num_registers) == ("vit_tiny", 0, 4)
+    assert recipe.vit_config() == dataclasses.replace(model.config, image_size=224)
 
 
 def test_what_does_not_fit_is_one_line(tile_folder: Path, tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ def patch_knn(
     max_patches: int = 20_000,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """Mean intersection over union and accuracy of patches, those of every other image found among the rest's.
+    """Mean intersection over union and accuracy of the patches of the second half of the images, found in the first's.
 
-    A patch's class is that of most of its pixels; patches mostly of `ignore` are left out.
+    Halves, in order of names: neighbouring frames of a film are in one of them. A patch's class is that of most of its pixels; patches mostly of `ignore` are left out.
 
     Args:
         model: a backbone.
@@ -98,8 +98,8 @@ def patch_knn(
         tokens = model(normalize(images)).patches[0].float().cpu().numpy()
         classes_N = _patch_classes(labels_HW, rows, columns)
         kept = classes_N != ignore
-        halves[number % 2][0].append(tokens[kept])
-        halves[number % 2][1].append(classes_N[kept])
+        halves[2 * number // len(pairs)][0].append(tokens[kept])
+        halves[2 * number // len(pairs)][1].append(classes_N[kept])
     model.train(was_training)
     rng = np.random.default_rng(0)
     parts = []

@@ -19,6 +19,7 @@ from unlabeled.pretrain.head import ProjectionHead
 from unlabeled.pretrain.losses import dino_loss_global, dino_loss_local, ibot_loss, koleo_loss
 from unlabeled.pretrain.optimizer import clip_gradients, update_teacher
 from unlabeled.pretrain.parallel import Parallel
+from unlabeled.pretrain.positions import sine_positions
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.schedules import StepValues
 from unlabeled.pretrain.targets import Center, sinkhorn_knopp, softmax_center
@@ -79,6 +80,9 @@ class Network(nn.Module):
         head, config = recipe.head, recipe.vit_config()
         checkpoint = recipe.run.checkpoint_blocks
         self.backbone = VisionTransformer(config, drop_path=drop_path, checkpoint_blocks=checkpoint)
+        if recipe.model.positions == "sine":
+            with torch.no_grad():
+                self.backbone.pos_embed[:, 1:] = sine_positions(config.grid_side, config.width)
         self.dino_head = ProjectionHead(config.width, head.num_prototypes, head.bottleneck, head.hidden)
         self.ibot_head: ProjectionHead | None = None
         if recipe.loss.ibot > 0 and not head.shared:

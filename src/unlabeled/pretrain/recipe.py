@@ -29,6 +29,7 @@ class ModelRecipe:
     drop_path: float = 0.0  # one uniform rate, student only
     layer_scale: float = 1e-5  # initial LayerScale
     image_size: int = 0  # pixels the position embedding is learned at; 0: the global crop's
+    positions: Literal["random", "sine"] = "random"  # what the position embedding starts as
     ffn: Literal["", "mlp", "swiglu"] = ""  # "": the size's own
     interpolation: Literal["", "size", "antialias", "scale"] = (
         ""  # of the position embedding; "": the kind's own
@@ -218,6 +219,12 @@ def check(recipe: Recipe, where: str) -> None:
     run, crops, model = recipe.run, recipe.crops, recipe.model
     need(model.size in SIZES, "model.size", f"is {model.size!r}, and may be one of {', '.join(SIZES)}")
     need(model.patch_size >= 1, "model.patch_size", "must be at least 1 pixel")
+    width = recipe.vit_config().width
+    need(
+        model.positions == "random" or width % 4 == 0,
+        "model.positions",
+        f"is sine, which needs a width that 4 divides; it is {width}",
+    )
     need(0 <= model.drop_path < 1, "model.drop_path", f"is {model.drop_path}, and must lie in [0, 1)")
     need(run.steps >= 1, "run.steps", f"is {run.steps}, and must be at least 1")
     need(run.batch_size >= 1, "run.batch_size", f"is {run.batch_size}, and must be at least 1")

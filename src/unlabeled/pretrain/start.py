@@ -15,7 +15,7 @@ from unlabeled.pretrain.checkpoint import all_checkpoints, load_part
 from unlabeled.pretrain.method import Network
 from unlabeled.pretrain.recipe import ModelRecipe, Recipe
 from unlabeled.pretrain.recipes import read_recipe
-from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.vit import SIZES, VisionTransformer, VitConfig
 from unlabeled.weights.load import load_model
 
 
@@ -100,9 +100,13 @@ def begin(network: Network, start: Start, recipe: Recipe) -> None:
 
 def model_fields(start: Start, recipe: Recipe) -> ModelRecipe:
     """A recipe's model section with the shape of a start's backbone; drop path stays the recipe's."""
-    config = dataclasses.asdict(start.backbone.config)
+    config = start.backbone.config
     known = {item.name for item in dataclasses.fields(ModelRecipe)} - {"image_size", "layer_scale"}
-    values = {name: value for name, value in config.items() if name in known}
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name in known}
+    shape = (config.width, config.depth, config.num_heads, config.ffn)
+    for size, named in SIZES.items():
+        if named == shape:
+            values |= {"size": size, "width": 0, "depth": 0, "num_heads": 0, "ffn": ""}
     return dataclasses.replace(recipe.model, **values, start=start.name)
 
 
