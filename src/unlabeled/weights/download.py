@@ -209,9 +209,12 @@ def fetch_hub(name: str, hint: str) -> Path:
             f"{name!r} is no file or folder here, and the Hugging Face hub has no model of that name; {hint}"
         ) from error
     except LocalEntryNotFoundError as error:
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        answer = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+        fault = f"the hub answers {answer}" if answer else "the hub cannot be reached"
+        if constants.HF_HUB_OFFLINE:
+            fault = "HF_HUB_OFFLINE is set"
         raise UserError(
-            f"{name!r} is no file or folder here, is not in {constants.HF_HUB_CACHE}, and {offline}; "
+            f"{name!r} is no file or folder here, is not in {constants.HF_HUB_CACHE}, and {fault}; "
             f"{hint if hint.startswith('did you mean') else by_hand}"
         ) from error
     # What else goes wrong on the way has other classes in each version of the client.
