@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.errors import UserError
+from unlabeled.images.transform import evaluation_transform, normalize
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights.huggingface import load_huggingface, save_huggingface
 from unlabeled.weights.load import load_model
@@ -77,7 +78,8 @@ def test_transformers_reads_ours(config: VitConfig, random_model: Make, tmp_path
     again = load_model(tmp_path)
     assert again.config == config and not again.training
     assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 def test_we_read_theirs(config: VitConfig, tmp_path: Path) -> None:
@@ -219,3 +221,20 @@ def test_a_lost_third_of_qkv_is_named(random_model: Make, configs, tmp_path: Pat
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"missing: blocks\.1\.attn\.qkv\.weight; unexpected: .*\(query\)"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("image_size", "resize", "crop"), [(518, 256, 224), (224, 256, 224), (32, 36, 32)])
+def test_transformers_prepares_images_as_we_do(
+    image_size: int, resize: int, crop: int, random_model: Make, configs, photograph, tmp_path: Path
+) -> None:
+    config = replace(
+        configs["plain"], image_size=image_size, patch_size=4 if image_size == 32 else 14, depth=1
+    )
+    save_huggingface(random_model(config), tmp_path)
+    photograph = photograph[:, :300]  # square: where margins are odd, transformers' centre is another
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    theirs = processor(photograph, return_tensors="pt")["pixel_values"]
+    ours = normalize(torch.from_numpy(evaluation_transform(photograph, resize, crop))[None])
+    assert theirs.shape == (1, 3, crop, crop)
+    # One step of 8 bits is 0.017: the crops differ by the rounding of resized pixels at most.
+    assert (ours - theirs).abs().max() < 0.02

@@ -195,3 +195,48 @@ def test_interpolation_by_hand(model: VisionTransformer, tmp_path: Path) -> None
 def test_device(model: VisionTransformer, tmp_path: Path) -> None:
     save_huggingface(model, tmp_path)
     assert load_model(tmp_path, device="meta").cls_token.device.type == "meta"
+
+
+def test_info_names_the_interpolation_and_what_the_file_lacks(
+    model: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unlabeled.cli import info
+
+    save_meta(model, tmp_path / "model.pth")
+    info(str(tmp_path / "model.pth"))
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["interpolation", "antialias"] in lines and ["norm_eps", "1e-06"] in lines
+    assert ["patch_size", "4"] in lines and ["num_registers", "5"] in lines
+    save_timm(model, tmp_path / "model.safetensors")
+    info(str(tmp_path / "model.safetensors"), as_json=True)
+    held = json.loads(capsys.readouterr().out)
+    assert (
+        held["notes"] == ["the file has no mask token: it is zeros"] and held["interpolation"] == "antialias"
+    )
+
+
+@pytest.mark.parametrize("kind", ["small images", "small with registers", "swiglu"])
+def test_all_formats_one_after_the_other(kind: str, random_model: Make, configs, tmp_path: Path) -> None:
+    """Bit for bit; but timm has no mask token, and with registers no position for CLS."""
+    config = replace(configs[kind], width=128, num_heads=2, interpolation="antialias")
+    first = random_model(config)
+    assert save_huggingface(first, tmp_path / "hf") == []
+    second = load_model(tmp_path / "hf")
+    notes = save_meta(second, tmp_path / "meta.pth")
+    assert [note[:23] for note in notes] == ([] if config.num_registers else ["Meta's code resizes the"])
+    third = load_model(tmp_path / "meta.pth", interpolation="antialias")
+    assert_same(first, third)
+    assert replace(third.config, layer_scale=config.layer_scale) == config
+    notes = save_timm(third, tmp_path / "timm.safetensors")
+    assert "timm has no mask token" in notes[0]
+    last = load_model(tmp_path / "timm.safetensors")
+    assert not last.mask_token.any()
+    lost = {"mask_token"} | ({"cls_token", "pos_embed"} if config.num_registers else set())
+    state = last.state_dict()
+    assert all(
+        torch.equal(state[name], value) for name, value in first.state_dict().items() if name not in lost
+    )
+    p = config.patch_size
+    images = torch.randn(1, 3, 5 * p, 7 * p)
+    for ours, theirs in zip(first(images)[:3], last(images)[:3], strict=True):
+        assert torch.equal(ours, theirs)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from unlabeled.errors import UserError
+from unlabeled.images.transform import IMAGENET_MEAN, IMAGENET_STD
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights.dino import MASK_NOTE, with_layer_scale
 from unlabeled.weights.files import State, fill, read_json, read_tensors, renamer, replacing
@@ -222,19 +223,44 @@ def to_config(config: VitConfig) -> dict[str, Any]:
     return held
 
 
-def save_huggingface(model: VisionTransformer, folder: str | Path) -> list[str]:
-    """Write config.json and model.safetensors, each replaced only when complete.
+def to_preprocessor(config: VitConfig) -> dict[str, Any]:
+    """Return the contents of preprocessor_config.json: the evaluation transform, as facebook/dinov2-* has it.
 
-    transformers.AutoModel.from_pretrained(folder) then gives this model's features. Returns one line for
-    each thing that transformers cannot carry.
+    Centre crops of 224 pixels out of a short side of 256, or as much less as the images the model was trained
+    on are smaller.
+    """
+    side = min(224, config.image_size)
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side + 2 * round(side / 14)},
+        "resample": 3,  # Pillow's number of bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def save_huggingface(model: VisionTransformer, folder: str | Path) -> list[str]:
+    """Write config.json, model.safetensors and preprocessor_config.json, each replaced only when complete.
+
+    transformers.AutoModel.from_pretrained(folder) then gives this model's features, and AutoImageProcessor
+    prepares images for it. Returns one line for each thing that transformers cannot carry.
     """
     folder = Path(folder)
     with (
         replacing(folder / "config.json") as config_path,
+        replacing(folder / "preprocessor_config.json") as preprocessor_path,
         replacing(folder / "model.safetensors") as weights_path,
     ):
         save_file(to_huggingface(model), weights_path, metadata={"format": "pt"})
-        config_path.write_text(json.dumps(to_config(model.config), indent=2) + "\n", encoding="utf-8")
+        _write_json(to_preprocessor(model.config), preprocessor_path)
+        _write_json(to_config(model.config), config_path)
     theirs = "size" if kind_of(model.config) == "dinov2" else "antialias"
     if model.config.interpolation == theirs:
         return []
@@ -243,3 +269,7 @@ def save_huggingface(model: VisionTransformer, folder: str | Path) -> list[str]:
         f"({theirs!r}, here {model.config.interpolation!r}): "
         f"its features are the same at {model.config.image_size} pixels only."
     ]
+
+
+def _write_json(held: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
