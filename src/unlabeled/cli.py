@@ -153,10 +153,33 @@ def info(
     shape = {item.name: getattr(model.config, item.name) for item in fields(model.config)}
     shape["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     if as_json:
-        _print_json({"model": what} | shape)
+        _print_json({"model": what} | shape | {"notes": model.notes})
         return
     for name, value in shape.items():
         print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value}")
+    for note in model.notes:
+        print(f"{'note':20} {note}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A MODEL: run folder, Hugging Face folder or name, .pth, timm.")],
+    to: Annotated[str, typer.Option(help="hf, meta, timm, onnx, openvino or pt2 (torch.export).")],
+    out: Annotated[str, typer.Option(help="The file or folder to write.")],
+    int8: Annotated[bool, typer.Option("--int8", help="onnx, openvino: 8 bits, for CPUs.")] = False,
+    calibrate: Annotated[str | None, typer.Option(help="DATA that --int8 is calibrated on.")] = None,
+    push: Annotated[str | None, typer.Option(help="hf: USER/NAME on the Hugging Face hub.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format, checked against the model itself."""
+    from unlabeled.weights.export import as_dict, describe
+    from unlabeled.weights.export import export as run_export
+
+    result = run_export(model, to, out, int8=int8, calibrate=calibrate, push=push)
+    for line in describe(result):
+        _console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        _print_json(as_dict(result))
 
 
 def _info_recipes(as_json: bool) -> None:
