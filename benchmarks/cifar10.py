@@ -1,10 +1,10 @@
 """CIFAR-10 without labels: k-NN (k = 20) of a backbone pretrained for a given time, and what each part brings.
 
-    python benchmarks/cifar10.py TRAIN.parquet TEST.parquet [--minutes 20] [--parts] [--run RUN] [--out TABLE.md]
+    python benchmarks/cifar10.py TRAIN.parquet TEST.parquet [--minutes 20] [--parts 4] [--run RUN] [--out TABLE.md]
 
 The number of steps is chosen from the rate of a short run, so that training takes the minutes asked for; evaluations
-are not counted. Rows: raw pixels (mean removed, cosine), the untrained backbone, the trained one at intervals. --parts
-trains again, for the same number of steps, with one part left out or added at a time.
+are not counted. Rows: raw pixels (mean removed, cosine), the untrained backbone, the trained one at intervals.
+--parts N trains the whole for N minutes, and as many steps with one part left out or added at a time.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from unlabeled.features.extract import extract, pixels_of
 from unlabeled.images.sources import Source, open_source
 from unlabeled.pretrain.auto import small_images
 from unlabeled.pretrain.loop import pretrain
+from unlabeled.pretrain.method import Network
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import Recipe, override
 from unlabeled.vit import VisionTransformer
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--parts", type=float, default=0, metavar="MINUTES", help="only compare the parts")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="recipe fields")
     parser.add_argument("--run", type=Path, help="keep the run folder here")
     parser.add_argument("--out", type=Path, help="also write the table here")
@@ -115,8 +116,9 @@ def main() -> None:
         rows = pretrain(options.train, Path(folder) / "run", recipe=probe, device=options.device,
                         console=Console(quiet=True)).metrics  # fmt: skip
     rate = float(np.median([row["images_per_second"] for row in rows[20:]]))
+    minutes = options.parts or options.minutes
     # A twentieth is left for checkpoints and figures.
-    steps = max(1, int(rate * options.minutes * 60 * 0.95 / base.run.batch_size))
+    steps = max(1, int(rate * minutes * 60 * 0.95 / base.run.batch_size))
     base = override(base, {"run.steps": steps, "run.checkpoint_every": max(1, steps // 4)}, "benchmark")
 
     pixels = [pixels_of(source, SIDE) for source in sources]
@@ -124,9 +126,9 @@ def main() -> None:
     raw = knn_accuracy(pixels[0][0] - mean, pixels[0][1], pixels[1][0] - mean, pixels[1][1])
     torch.manual_seed(options.seed)
     device = Parallel.start(options.device).device
-    untrained = evaluate(VisionTransformer(base.vit_config()).to(device), *sources, device)
+    untrained = evaluate(Network(base, drop_path=0.0).backbone.to(device), *sources, device)
     lines = [
-        f"CIFAR-10, {options.minutes:g} minutes of training on {device_name(device)}: "
+        f"CIFAR-10, {minutes:g} minutes of training on {device_name(device)}: "
         f"{steps} steps of {base.run.batch_size} images, {rate:.0f} images/s.",
         "",
         "| features | " + " | ".join(EVALUATED) + " |",
@@ -139,7 +141,7 @@ def main() -> None:
         recipe = override(base, changes, name)
         kept = options.run if name == "all" else None
         found, seconds = train_once(recipe, options.train, sources, options.device, console, kept)
-        for row in found if name == "all" else found[-1:]:
+        for row in found[-1:] if options.parts else found:
             figures = " | ".join(f"{row[column]:.4f}" for column in EVALUATED)
             lines.append(f"| {name}, step {row['step'] + 1} | {figures} |")
             print(lines[-1], flush=True)

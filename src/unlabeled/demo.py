@@ -138,6 +138,7 @@ def run_demo(
     from unlabeled.features.extract import extract, pixels_of
     from unlabeled.images.sources import open_source
     from unlabeled.pretrain.loop import pretrain
+    from unlabeled.pretrain.method import Network
     from unlabeled.pretrain.pictures import write_pictures
     from unlabeled.vit import VisionTransformer
 
@@ -172,7 +173,7 @@ def run_demo(
     torch.manual_seed(seed)
     knn = {
         "pixels": accuracy(pixels - mean, test_pixels - mean),
-        "untrained": accuracy(*features(VisionTransformer(recipe.vit_config()).eval())),
+        "untrained": accuracy(*features(Network(recipe, drop_path=0.0).backbone.eval())),
         "trained": accuracy(*features(run.model())),
     }
     pictures = write_pictures(folder, train_path)

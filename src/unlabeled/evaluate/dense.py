@@ -58,7 +58,8 @@ def patch_knn(
 ) -> dict[str, float]:
     """Mean intersection over union and accuracy of the patches of the second half of the images, found in the first's.
 
-    Halves, in order of names: neighbouring frames of a film are in one of them. A patch's class is that of most of its pixels; patches mostly of `ignore` are left out.
+    Halves in order of names: neighbouring frames of a film are in one of them. A patch's class is that of most of its
+    pixels; patches mostly of `ignore` are left out.
 
     Args:
         model: a backbone.

@@ -52,22 +52,24 @@ def small_images(side: int) -> Recipe:
 
     Against the ImageNet recipes: LayerScale starts at 1 and the teacher follows faster, for a run of a thousand steps
     cannot wait for either; prototypes are few, since a batch of some hundred crops cannot tell thousands apart; the
-    narrow bottleneck and the low temperatures make targets that say something from the first step on.
+    narrow bottleneck and the low temperatures make targets that say something from the first step on. The position
+    embedding starts as sines, since learning where a patch is takes a thousand steps. (benchmarks/README.md has what
+    each brought.)
 
     Args:
         side: short side of the images, pixels.
     """
-    size, patch = (32, 4) if side < 48 else (48, 8) if side <= 64 else (64, 8) if side <= 96 else (96, 16)
+    size, patch = (32, 8) if side < 48 else (48, 8) if side <= 64 else (64, 8) if side <= 96 else (96, 16)
     return Recipe(
         name="small_images",
-        model=ModelRecipe(size="vit_tiny", depth=4, patch_size=patch, layer_scale=1.0),
+        model=ModelRecipe(size="vit_tiny", depth=4, patch_size=patch, layer_scale=1.0, positions="sine"),
         head=HeadRecipe(
-            num_prototypes=512, bottleneck=32, hidden=512, ibot_num_prototypes=512, ibot_bottleneck=32
+            num_prototypes=256, bottleneck=32, hidden=512, ibot_num_prototypes=256, ibot_bottleneck=32
         ),
         teacher=TeacherRecipe(momentum=0.98, temperature=0.02, final_temperature=0.03),
         optimizer=OptimizerRecipe(
-            lr=2e-3,
-            scaling="none",
+            lr=5e-4,
+            reference_batch=64,
             patch_embed_multiplier=1.0,
             final_weight_decay=0.1,
             freeze_last_layer=0.01,
