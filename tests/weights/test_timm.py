@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from unlabeled.errors import UserError
 from unlabeled.vit import VisionTransformer, VitConfig
@@ -57,12 +57,17 @@ def test_the_file_s_keys_tell_the_format(random_model: Make, configs, tmp_path: 
         load_model(tmp_path / "model.bin")
 
 
-def test_timm_s_own_model(config: VitConfig, random_model: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_layer_scale", [True, False], ids=["", "original DINO"])
+def test_timm_s_own_model(
+    with_layer_scale: bool, config: VitConfig, random_model: Make, tmp_path: Path
+) -> None:
     timm = pytest.importorskip("timm", reason="timm needs torchvision", exc_type=ImportError)
     from timm.layers import SwiGLUPacked
 
     if not config.qkv_bias:
         pytest.skip("no such model in timm")
+    if not with_layer_scale and (config.num_registers or config.ffn == "swiglu"):
+        pytest.skip("the original DINO has neither registers nor SwiGLU")
     ratio = 2 * config.hidden_width / config.width
     swiglu = {"mlp_ratio": ratio, "mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     theirs = timm.models.vision_transformer.VisionTransformer(
@@ -72,16 +77,23 @@ def test_timm_s_own_model(config: VitConfig, random_model: Make, tmp_path: Path)
         depth=config.depth,
         num_heads=config.num_heads,
         num_classes=0,
-        init_values=1.0,
+        init_values=1.0 if with_layer_scale else None,
         reg_tokens=config.num_registers,
         no_embed_class=config.num_registers > 0,
         dynamic_img_size=True,
         **(swiglu if config.ffn == "swiglu" else {"mlp_ratio": config.mlp_ratio}),
     ).eval()
     model = random_model(replace(config, interpolation="antialias"))
+    if not with_layer_scale:
+        for block in model.blocks:
+            block.ls1.gamma.data.fill_(1)
+            block.ls2.gamma.data.fill_(1)
     theirs.load_state_dict(to_timm(model)[0])
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    read = load_timm(tmp_path / "model.safetensors", num_heads=config.num_heads)
+    assert replace(read.config, layer_scale=config.layer_scale) == model.config
     for H, W in ((5 * config.patch_size, 3 * config.patch_size), (config.image_size, config.image_size)):
         images = torch.randn(1, 3, H, W)
-        tokens = model(images)
-        ours = torch.cat((tokens.cls[:, None], tokens.registers, tokens.patches), 1)
-        torch.testing.assert_close(ours, theirs.forward_features(images), atol=1e-5, rtol=0)
+        for ours in (model(images), read(images)):
+            whole = torch.cat((ours.cls[:, None], ours.registers, ours.patches), 1)
+            torch.testing.assert_close(whole, theirs.forward_features(images), atol=1e-5, rtol=0)
