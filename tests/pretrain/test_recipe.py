@@ -125,3 +125,14 @@ def test_broken_toml_names_the_file(tmp_path: Path) -> None:
 def test_recipes_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("crops.blur_kernel", 19), ("crops.blur_kernel", 8), ("crops.blur", "0,1.5,0"), ("crops.global_scale", "0,1"),
+     ("crops.flip", -0.1), ("crops.global_size", 14 * 1000), ("crops.blur_sigma", "2,1"), ("teacher.momentum", 1.1),
+     ("teacher.temperature", 0), ("loss.student_temperature", 0), ("head.num_prototypes", 0), ("crops.num_locals", -1)],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_named(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=name):
+        override(named_recipe("vits14"), {name: value}, "the command line")

@@ -15,6 +15,8 @@ from unlabeled.errors import UserError
 from unlabeled.pretrain.crops import CropRecipe
 from unlabeled.vit import SIZES, VitConfig, vit_config
 
+LARGEST_CROP = 8192  # pixels
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -235,6 +237,7 @@ def check(recipe: Recipe, where: str) -> None:
     for name, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
         need(size >= model.patch_size, name, f"is {size}, smaller than a patch of {model.patch_size} pixels")
         multiple = size // model.patch_size * model.patch_size
+        need(size <= LARGEST_CROP, name, f"is {size}, and may be at most {LARGEST_CROP} pixels")
         need(
             size == multiple,
             name,
@@ -247,8 +250,36 @@ def check(recipe: Recipe, where: str) -> None:
     need(
         0 <= share <= 1, "teacher.temperature_warmup", f"is {share}, and is a fraction of the run, in [0, 1]"
     )
-    low, high = recipe.loss.mask_ratio
-    need(0 < low <= high <= 1, "loss.mask_ratio", f"is {low}, {high}; it needs 0 < low <= high <= 1")
+    for name, (low, high) in (
+        ("loss.mask_ratio", recipe.loss.mask_ratio),
+        ("crops.global_scale", crops.global_scale),
+        ("crops.local_scale", crops.local_scale),
+    ):
+        need(0 < low <= high <= 1, name, f"is {low}, {high}; it needs 0 < low <= high <= 1")
+    for name, (low, high) in (("crops.ratio", crops.ratio), ("crops.blur_sigma", crops.blur_sigma)):
+        need(0 < low <= high, name, f"is {low}, {high}; it needs 0 < low <= high")
+    chances = {name: getattr(crops, name) for name in ("flip", "jitter", "grey", "solarise")}
+    chances |= {"blur": min(crops.blur), "blur ": max(crops.blur)}
+    for name, chance in chances.items():
+        need(0 <= chance <= 1, f"crops.{name.strip()}", f"is {chance}, and is a probability, in [0, 1]")
+    kernel = crops.blur_kernel
+    need(
+        kernel % 2 == 1 and 1 <= kernel <= 17,
+        "crops.blur_kernel",
+        f"is {kernel}; it is odd, and at most 17 pixels",
+    )
+    need(crops.num_locals >= 0, "crops.num_locals", f"is {crops.num_locals}, and must be at least 0")
+    teacher = recipe.teacher
+    for name in ("temperature", "final_temperature"):
+        value = getattr(teacher, name)
+        need(value > 0, f"teacher.{name}", f"is {value}, and must be above 0")
+    for name in ("momentum", "final_momentum"):
+        value = getattr(teacher, name)
+        need(0 <= value <= 1, f"teacher.{name}", f"is {value}, and must lie in [0, 1]")
+    need(recipe.loss.student_temperature > 0, "loss.student_temperature", "must be above 0")
+    head = recipe.head
+    for name in ("num_prototypes", "bottleneck", "hidden", "ibot_num_prototypes", "ibot_bottleneck"):
+        need(getattr(head, name) >= 1, f"head.{name}", f"is {getattr(head, name)}, and must be at least 1")
 
 
 def _replaced(node: Any, name: str, value: Any) -> Any:
