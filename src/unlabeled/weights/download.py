@@ -12,7 +12,6 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from unlabeled import __version__
 from unlabeled.errors import UserError, writing
 from unlabeled.weights.files import read_json
 from unlabeled.weights.huggingface import read_config
@@ -122,9 +121,7 @@ def _transfer(url: str, path: Path) -> Part:
 
 
 def _open(url: str, kept: int, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
-    request = urllib.request.Request(
-        url, headers={"User-Agent": f"unlabeled/{__version__}"} | (headers or {})
-    )
+    request = urllib.request.Request(url, headers={"User-Agent": "unlabeled"} | (headers or {}))
     try:
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
