@@ -14,7 +14,7 @@ from unlabeled import cli
 from unlabeled.errors import UserError
 from unlabeled.vit import VitConfig, resize_matrix
 from unlabeled.weights import graph
-from unlabeled.weights.export import export
+from unlabeled.weights.export import beside, checked, export
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
 
@@ -207,13 +207,21 @@ def test_a_missing_package_is_named(saved: Path, tmp_path: Path, monkeypatch: py
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_a_graph_that_differs_is_not_written(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(graph.CUBIC, "size", -0.5)
-    with pytest.raises(RuntimeError, match="differs from the model's"):
-        export(saved, "pt2", tmp_path / "out.pt2")
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+def test_a_graph_of_other_features_is_refused(written: tuple[Any, Path]) -> None:
+    model, folder = written
+    other = random_backbone(model.config, seed=1)
+    for to, suffix in (("onnx", ".onnx"), ("openvino", ".xml"), ("pt2", ".pt2")):
+        assert checked(model, to, folder / f"model{suffix}") < 1e-4
+        with pytest.raises(RuntimeError, match="differs from the model's"):
+            checked(other, to, folder / f"model{suffix}")
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model.xml").write_text("before")
+    with pytest.raises(RuntimeError), beside(tmp_path / "model.xml") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 @pytest.mark.parametrize(("to", "name"), [("onnx", "model.onnx"), ("openvino", "model.xml")])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from unlabeled import __version__
 from unlabeled.errors import UserError
 from unlabeled.vit import VitConfig
 from unlabeled.weights.files import replacing
@@ -84,7 +84,7 @@ def card(config: VitConfig, name: str, source: str | Path) -> str:
     elif HUB_NAME.fullmatch(str(source)) and not run.exists():
         parts.append(f"The weights are those of [{source}](https://huggingface.co/{source}).")
     parts.append(_use(config, name))
-    parts.append(f"Made with unlabeled {__version__}.\n")
+    parts.append(f"Made with unlabeled {version('unlabeled')}.\n")
     return "\n\n".join(parts)
 
 
@@ -190,7 +190,7 @@ def push_folder(folder: Path, repository: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     # What its HTTP library raises where there is no connection; that library changes between versions.
-    no_connection = HfHubHTTPError.__bases__[0]
+    no_connection = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     api = HfApi()
     try:
         made = api.create_repo(repository, private=True, exist_ok=True)

@@ -22,7 +22,7 @@ from unlabeled.weights.card import push_folder, write_card
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
 from unlabeled.weights.meta import config_of, save_meta
-from unlabeled.weights.quantize import Int8Accuracy, quantize
+from unlabeled.weights.quantize import Int8Accuracy, quantize, read_images
 from unlabeled.weights.timm import save_timm
 
 # format: the suffix of its file; "" is a folder
@@ -81,6 +81,8 @@ def export(
     path = Path(out).expanduser()
     check(to, path, int8, calibrate, push)
     vit = load_model(model)
+    # First, since it can fail, and a graph takes a while.
+    images = list(read_images(calibrate, vit.config)) if calibrate else []
     with writing(path):
         if to == "hf":
             notes = _save_hf(vit, path, model, push or path.resolve().name)
@@ -102,8 +104,8 @@ def export(
                 else:
                     _save_runtime(vit, to, temporary)
                 difference = checked(vit, to, temporary)
-                if int8 and calibrate:
-                    accuracy = quantize(to, temporary, calibrate, vit.config, RUNNERS[to])
+                if int8:
+                    accuracy = quantize(to, temporary, images, RUNNERS[to])
                     difference = None
             files = sorted(file.name for file in temporary.parent.iterdir())
     return Exported(path, files, notes, difference, accuracy)

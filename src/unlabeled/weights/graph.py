@@ -197,7 +197,7 @@ def save_pt2(traced: torch.export.ExportedProgram, config: VitConfig, path: Path
 
 
 def save_onnx(traced: torch.export.ExportedProgram, config: VitConfig, path: Path) -> None:
-    """Write an ONNX file (weights beyond protobuf's 2 GB in `path`.data beside it), metadata in its properties.
+    """Write an ONNX file (weights beyond 1.5 GB in `path`.data beside it), metadata in its properties.
 
     Raises UserError where the exporter's packages are missing.
     """

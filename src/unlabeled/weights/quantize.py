@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +52,13 @@ class Int8Accuracy:
 
 
 def quantize(
-    to: str, path: Path, data: str, config: VitConfig, runner: Callable[[Path], Runner]
+    to: str, path: Path, images: list[NDArray[np.float32]], runner: Callable[[Path], Runner]
 ) -> Int8Accuracy:
     """Replace the float32 graph at `path`, alone in its folder, by one of int8 weights and activations.
 
-    to: onnx or openvino. data: DATA, of which a part is calibrated on and another measured on.
-    Raises UserError if DATA has too few images, or a package is missing.
+    to: onnx or openvino. images: of read_images; a part is calibrated on and another measured on.
+    Raises UserError if a package is missing.
     """
-    images = list(read_images(data, config))
     num_held_out = min(NUM_HELD_OUT, len(images) // 4)
     # Spread, since images in a row are often of a kind.
     is_held_out = np.zeros(len(images), bool)
@@ -119,8 +120,9 @@ def features(
 
 def cosine(a_ND: NDArray[np.float32], b_ND: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the cosine of each pair of rows, (N,)."""
-    product: NDArray[np.float32] = (a_ND * b_ND).sum(1)
-    return product / (np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1))
+    norms = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
+    cosines: NDArray[np.float32] = (a_ND * b_ND).sum(1) / norms
+    return cosines
 
 
 def quantize_onnx(path: Path, images: list[NDArray[np.float32]]) -> None:
@@ -151,7 +153,8 @@ def _quantized(graph: object, images: list[NDArray[np.float32]]) -> object:
     os.environ["NNCF_CI"] = "1"  # it would report its use to its makers
     nncf = needed("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    with quiet():
+    # Its progress would stand before the result of --json.
+    with quiet(), redirect_stdout(sys.stderr):
         return nncf.quantize(
             graph,
             nncf.Dataset(images, lambda image: {INPUT: image}),
