@@ -163,7 +163,9 @@ def info(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A MODEL: run folder, Hugging Face folder or name, .pth, timm.")],
+    model: Annotated[
+        str, typer.Argument(help="A MODEL: run folder, Hugging Face folder or name, .pth, timm.")
+    ],
     to: Annotated[str, typer.Option(help="hf, meta, timm, onnx, openvino or pt2 (torch.export).")],
     out: Annotated[str, typer.Option(help="The file or folder to write.")],
     int8: Annotated[bool, typer.Option("--int8", help="onnx, openvino: 8 bits, for CPUs.")] = False,

@@ -153,7 +153,8 @@ def test_transformers_reads_the_folder_and_its_preprocessing(
     # The processor's own default backend needs torchvision, which is no dependency here.
     processor = getattr(transformers, kind + "Pil", None) or getattr(transformers, kind)
     pixels = processor(**settings)(Image.fromarray(photograph), return_tensors="pt")["pixel_values"]
-    ours = normalize(torch.from_numpy(evaluation_transform(photograph)[None]))
+    sides = settings["size"]["shortest_edge"], settings["crop_size"]["height"]
+    ours = normalize(torch.from_numpy(evaluation_transform(photograph, *sides)[None]))
     torch.testing.assert_close(pixels.float(), ours, atol=1e-5, rtol=0)
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ import numpy as np
 import torch
 
 from unlabeled.errors import UserError, writing
-from unlabeled.images.transform import IMAGENET_MEAN, IMAGENET_STD
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights import graph
 from unlabeled.weights.card import push_folder, write_card
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
-from unlabeled.weights.meta import config_of, save_meta
+from unlabeled.weights.meta import save_meta
 from unlabeled.weights.quantize import Int8Accuracy, quantize, read_images
 from unlabeled.weights.timm import save_timm
 
@@ -92,8 +90,7 @@ def export(
         with beside(path) as temporary:
             difference, accuracy = None, None
             if to == "meta":
-                save_meta(vit, temporary)
-                notes = lost_in_meta(vit)
+                notes = save_meta(vit, temporary) + lost_heads(vit.config)
             elif to == "timm":
                 notes = save_timm(vit, temporary) + lost_heads(vit.config)
             else:
@@ -175,31 +172,9 @@ def _save_hf(vit: VisionTransformer, folder: Path, source: str | Path, name: str
     notes = save_huggingface(vit, folder)
     if vit.config.fit == "pad":
         notes.append("transformers cuts off sides that are no multiple of the patch; here they are padded.")
-    if vit.config.in_channels == 3:
-        text = json.dumps(preprocessor(), indent=2) + "\n"
-        with beside(folder / "preprocessor_config.json") as temporary:
-            temporary.write_text(text, encoding="utf-8")
     if not write_card(vit.config, folder, source, name):
         notes.append(f"{folder / 'README.md'} was there and was left as it is.")
     return notes
-
-
-def preprocessor() -> dict[str, object]:
-    """Return the contents of preprocessor_config.json: the evaluation transform, for transformers."""
-    return {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": 256},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
-    }
 
 
 def _save_runtime(vit: VisionTransformer, to: str, path: Path) -> None:
@@ -233,23 +208,6 @@ def checked(vit: VisionTransformer, to: str, path: Path) -> float:
                 )
             worst = max(worst, difference)
     return worst
-
-
-def lost_in_meta(vit: VisionTransformer) -> list[str]:
-    """Return one line for each thing that a Meta .pth does not hold and its reader takes to be otherwise."""
-    config = vit.config
-    read = config_of(vit.state_dict(), "", "antialias" if config.num_registers else "scale", config.num_heads)
-    notes = lost_heads(config)
-    for field in fields(VitConfig):
-        here, there = getattr(config, field.name), getattr(read, field.name)
-        if field.name == "interpolation" and here != there:
-            notes.append(
-                f"Meta's code resizes the position embedding in another way ({there!r}, here {here!r}): its features "
-                f"are the same at {config.image_size} pixels only."
-            )
-        elif field.name != "layer_scale" and here != there:
-            notes.append(f"a Meta .pth does not hold {field.name} ({here!r}); read back it is {there!r}.")
-    return notes
 
 
 def lost_heads(config: VitConfig) -> list[str]:

@@ -135,6 +135,6 @@ def save_meta(model: VisionTransformer, path: str | Path) -> list[str]:
         )
     if config.norm_eps != NORM_EPS:
         notes.append(f"Meta's code has a layer norm epsilon of {NORM_EPS}, here {config.norm_eps}.")
-    if config.num_heads * HEAD_WIDTH != config.width:
-        notes.append(f"the file does not hold the number of heads, {config.num_heads}.")
+    if config.fit != "crop":
+        notes.append(f"a Meta .pth does not hold fit ({config.fit!r}); read back it is 'crop'.")
     return notes
