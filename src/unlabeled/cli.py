@@ -156,7 +156,7 @@ def info(
         _print_json({"model": what} | shape | {"notes": model.notes})
         return
     for name, value in shape.items():
-        print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value}")
+        print(f"{name:20} {value:,}" if type(value) is int else f"{name:20} {value}")
     for note in model.notes:
         print(f"{'note':20} {note}")
 
