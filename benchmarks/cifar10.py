@@ -119,7 +119,9 @@ def main() -> None:
     minutes = options.parts or options.minutes
     # A twentieth is left for checkpoints and figures.
     steps = max(1, int(rate * minutes * 60 * 0.95 / base.run.batch_size))
-    base = override(base, {"run.steps": steps, "run.checkpoint_every": max(1, steps // 4)}, "benchmark")
+    every = steps if options.parts else max(1, steps // 10)
+    fields = {"run.steps": steps, "run.checkpoint_every": max(1, steps // 4), "run.eval_every": every}
+    base = override(base, fields, "benchmark")
 
     pixels = [pixels_of(source, SIDE) for source in sources]
     mean = pixels[0][0].mean(0)
