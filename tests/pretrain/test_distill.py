@@ -14,12 +14,16 @@ from unlabeled.errors import UserError
 from unlabeled.images.sources import open_source
 from unlabeled.images.transform import normalize
 from unlabeled.pretrain import loop
+from unlabeled.pretrain.auto import small_images
 from unlabeled.pretrain.data import step_masks
-from unlabeled.pretrain.frozen_teacher import FeatureTeacher
+from unlabeled.pretrain.frozen_teacher import FeatureTeacher, distillation
 from unlabeled.pretrain.method import Batch, SelfDistillation
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.plan import prepared
+from unlabeled.pretrain.recipe import override
+from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.schedules import values_at
+from unlabeled.pretrain.start import load_start
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
@@ -169,3 +173,13 @@ def test_the_command_distills(
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["steps"] == 3
     assert "stays as it is: no masks, no drop path" in done.stderr
+
+
+def test_the_learning_rate_is_the_papers_or_that_of_small_images(released: Path) -> None:
+    start = load_start(str(released))
+    large = distillation(override(named_recipe("vits14"), {"run.batch_size": 2048}, "test"), start, 10**6)
+    assert large.peak_lr() == pytest.approx(1e-3)
+    small = small_images(32)
+    assert (
+        distillation(small, start, 10**6).peak_lr() == pytest.approx(small.peak_lr()) == pytest.approx(5e-4)
+    )

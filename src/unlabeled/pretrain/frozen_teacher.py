@@ -21,6 +21,8 @@ from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.start import Start
 from unlabeled.vit import VisionTransformer
 
+SMALL_BATCH = 64  # what the learning rate of recipes for small images is given for
+
 
 class FeaturePrototypes(nn.Module):
     """What stands for the head of a teacher that has none: cosines with the features of some images.
@@ -124,7 +126,7 @@ def _drawn_features(
 def distillation(recipe: Recipe, start: Start, num_images: int) -> Recipe:
     """A recipe with the paper's changes for a frozen teacher: no masks, no drop path, its patch, its heads' prototypes.
 
-    The learning rate is the paper's, 1e-3 at a batch of 2048, where the recipe has one that follows the batch.
+    The learning rate is the paper's, 1e-3 at a batch of 2048; recipes for small images keep their own.
 
     Args:
         recipe: of the student.
@@ -133,7 +135,7 @@ def distillation(recipe: Recipe, start: Start, num_images: int) -> Recipe:
     """
     patch = start.backbone.config.patch_size
     head, optimizer = recipe.head, recipe.optimizer
-    if optimizer.scaling != "none":
+    if optimizer.reference_batch > SMALL_BATCH:
         optimizer = dataclasses.replace(optimizer, lr=1e-3, scaling="sqrt", reference_batch=2048)
     if start.recipe is not None and start.network is not None:
         head = dataclasses.replace(start.recipe.head, hidden=recipe.head.hidden)
