@@ -26,6 +26,7 @@ from unlabeled.pretrain.recipe import (
 )
 
 SHORT_RUN = 20_000  # steps under which LayerScale and teacher start as small_images has them
+SMALL_BATCH = 64  # images a step of small_images, and what its learning rate is given for
 LARGEST_BATCH = 128  # images a device that auto goes to by itself
 # Values kept for the backward pass of one token in one block, over the width: measured 2.5 GB for 16 images of
 # ViT-S/14 with 2 x 224 crops in float32.
@@ -69,7 +70,7 @@ def small_images(side: int) -> Recipe:
         teacher=TeacherRecipe(momentum=0.98, temperature=0.02, final_temperature=0.03),
         optimizer=OptimizerRecipe(
             lr=5e-4,
-            reference_batch=64,
+            reference_batch=SMALL_BATCH,
             patch_embed_multiplier=1.0,
             final_weight_decay=0.1,
             freeze_last_layer=0.01,
@@ -82,7 +83,7 @@ def small_images(side: int) -> Recipe:
             local_scale=(0.1, 0.4),
             blur_sigma=(0.1, size / 48),
         ),
-        run=RunRecipe(steps=2000, batch_size=64),
+        run=RunRecipe(steps=2000, batch_size=SMALL_BATCH),
     )
 
 

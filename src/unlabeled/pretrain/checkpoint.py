@@ -34,7 +34,7 @@ _NAME = re.compile(r"step_(\d+)$")
 def save(
     folder: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer, step: int, keep: int
 ) -> Path:
-    """Write the state after `step` steps to folder/step_XXXXXXXX, then drop all but the last `keep`.
+    """Write the state after `step` steps to folder/step_00000001 and so on, then drop all but the last `keep`.
 
     It is written beside its place and renamed when whole, so a crash or a full disk leaves the last one good.
     Random state needs no saving: everything random is drawn from (seed, step) or (seed, position).
@@ -73,31 +73,25 @@ def load(path: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer)
         UserError: it does not fit the recipe, or is not readable.
     """
     state = _state(method, optimizer)
-    try:
-        with _quiet():
-            state_dict_loader.load(state, checkpoint_id=path, no_dist=not method.parallel.distributed)
-        step = int(json.loads((path / "state.json").read_text())["step"])
-    except (OSError, KeyError, ValueError, RuntimeError, CheckpointException) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the checkpoint {path} does not load: {first}") from error
+    load_part(path, state, distributed=method.parallel.distributed)
     options = StateDictOptions(strict=True)
     set_model_state_dict(method.student, state["student"], options=options)
     set_model_state_dict(method.teacher, state["teacher"], options=options)
     set_optimizer_state_dict(method.student, optimizer, state["optimizer"], options=options)
     method.dino_center.load_state_dict(state["dino_center"])
     method.ibot_center.load_state_dict(state["ibot_center"])
-    return step
+    return int(json.loads((path / "state.json").read_text())["step"])
 
 
-def load_part(path: Path, state: dict[str, Any]) -> None:
-    """Fill some tensors, by the checkpoint's own names, in place.
+def load_part(path: Path, state: dict[str, Any], distributed: bool = False) -> None:
+    """Fill some tensors, by the checkpoint's own names, in place; every rank calls it if distributed.
 
     Raises:
         UserError: they are not in it, or it is not readable.
     """
     try:
         with _quiet():
-            state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=not distributed)
     except (OSError, KeyError, ValueError, RuntimeError, CheckpointException) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the checkpoint {path} does not load: {first}") from error

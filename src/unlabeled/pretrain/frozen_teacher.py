@@ -16,12 +16,11 @@ from unlabeled.errors import UserError
 from unlabeled.features.extract import token_batches
 from unlabeled.images.sources import Source
 from unlabeled.images.transform import normalize
+from unlabeled.pretrain.auto import SMALL_BATCH
 from unlabeled.pretrain.method import Outputs
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.start import Start
 from unlabeled.vit import VisionTransformer
-
-SMALL_BATCH = 64  # what the learning rate of recipes for small images is given for
 
 
 class FeaturePrototypes(nn.Module):

@@ -18,7 +18,7 @@ from unlabeled.pretrain.checkpoint import all_checkpoints
 from unlabeled.pretrain.frozen_teacher import distillation
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import DataRecipe, Recipe, check, override
-from unlabeled.pretrain.recipes import named_recipe, read_recipe, write_recipe
+from unlabeled.pretrain.recipes import FITTED, named_recipe, read_recipe, write_recipe
 from unlabeled.pretrain.start import Start, heads_fit, load_start, model_fields, with_grid
 
 HIGH_RESOLUTION = 518  # pixels, of the released models' last phase (DINOv2 appendix B)
@@ -72,13 +72,13 @@ def prepared(
         raise UserError(
             f"{folder} holds a run already: resume it with --resume {folder}, or choose another --out"
         )
-    values = {name: _absolute(value) if name in _PLACES else value for name, value in values.items()}
+    values = _with_absolute_paths(values)
     plan: Recipe | None = None
     if isinstance(recipe, Recipe):
         plan = recipe
     elif str(recipe).endswith(".toml"):
         plan = read_recipe(Path(recipe))
-    elif recipe not in ("auto", "highres"):
+    elif recipe not in FITTED:
         plan = named_recipe(str(recipe))
     train = values.get("data.train") or (plan.data.train if plan else "")
     if not train:
@@ -142,8 +142,7 @@ def resumed(folder: Path, values: dict[str, Any]) -> Plan:
             raise UserError(
                 f"--{name} cannot change in a resumed run: start a new one, or edit {folder}/recipe.toml"
             )
-    values = {name: _absolute(value) if name in _PLACES else value for name, value in values.items()}
-    recipe = override(read_recipe(folder / "recipe.toml"), values, "the command line")
+    recipe = override(read_recipe(folder / "recipe.toml"), _with_absolute_paths(values), "the command line")
     start = None if all_checkpoints(folder / "checkpoints") else _loaded(recipe.model.start)
     return Plan(folder, recipe, open_source(recipe.data.train), start, _loaded(recipe.teacher.model))
 
@@ -151,8 +150,12 @@ def resumed(folder: Path, values: dict[str, Any]) -> Plan:
 _PLACES = ("data.train", "data.evaluation", "data.dense_evaluation", "model.start", "teacher.model")
 
 
-def _absolute(value: Any) -> Any:
+def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Paths are kept absolute, so that a run resumes from any folder; names (of a hub) stay names."""
+    return {name: _absolute(value) if name in _PLACES else value for name, value in values.items()}
+
+
+def _absolute(value: Any) -> Any:
     text = os.path.expanduser(value)  # noqa: PTH111  (a glob is no path)
     is_path = Path(text).exists() or "*" in text or not isinstance(value, str)
     return os.path.abspath(text) if is_path else value  # noqa: PTH100
