@@ -200,7 +200,7 @@ def test_device(model: VisionTransformer, tmp_path: Path) -> None:
 def test_info_names_the_interpolation_and_what_the_file_lacks(
     model: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from unlabeled.cli import info
+    from unlabeled.cli.models import info
 
     save_meta(model, tmp_path / "model.pth")
     info(str(tmp_path / "model.pth"))

@@ -1,0 +1,63 @@
+"""The command `unlabeled`: one thin function per command: parse, call one library function, print what it did."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+from unlabeled.cli.options import app
+from unlabeled.errors import UserError
+
+for group in ("training", "models", "show"):  # in the order in which --help lists them
+    import_module(f"unlabeled.cli.{group}")
+
+
+def _split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Recipe fields (--optimizer.lr 1e-3 or --optimizer.lr=1e-3) apart from the rest of a command line.
+
+    They are taken out before the command is parsed: the parser does not know them, and would take their values for
+    its own arguments.
+    """
+    rest: list[str] = []
+    fields: dict[str, str] = {}
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, joined, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name or "/" in name:
+            rest.append(word)
+            continue
+        if not joined:
+            if not waiting:
+                raise UserError(f"--{name} needs a value")
+            value = waiting.pop(0)
+        fields[name.replace("-", "_")] = value
+    return rest, fields
+
+
+def main() -> None:
+    """Run the command; an error of use is one line on standard error and exit status 2."""
+    try:
+        arguments, recipe_fields = _split(sys.argv[1:])
+        app(arguments, standalone_mode=False, obj=recipe_fields)
+    except UserError as error:
+        sys.exit(_said(str(error)))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # typer and click each have their own class for an error of use.
+        if hasattr(error, "format_message"):
+            sys.exit(_said(error.format_message()))
+        if hasattr(error, "number"):
+            print(error, file=sys.stderr)
+            sys.exit(128 + error.number)
+        raise
+
+
+def _said(text: str) -> int:
+    print(f"unlabeled: {' '.join(text.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,81 @@
+"""`info`, `export`."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any
+
+import typer
+
+from unlabeled.cli.options import Json, app, console, print_json
+
+
+@app.command()
+def info(
+    what: Annotated[str, typer.Argument(help="A MODEL, a run folder, or the word recipes.")] = "recipes",
+    as_json: Json = False,
+) -> None:
+    """What a model is made of; or all recipes and their fields."""
+    if what == "recipes":
+        _info_recipes(as_json)
+        return
+    from unlabeled.weights.load import load_model
+
+    model = load_model(what)
+    shape = {item.name: getattr(model.config, item.name) for item in fields(model.config)}
+    shape["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    if as_json:
+        print_json({"model": what} | shape | {"notes": model.notes})
+        return
+    for name, value in shape.items():
+        print(f"{name:20} {value:,}" if type(value) is int else f"{name:20} {value}")
+    for note in model.notes:
+        print(f"{'note':20} {note}")
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A MODEL: run folder, Hugging Face folder or name, .pth, timm.")
+    ],
+    to: Annotated[str, typer.Option(help="hf, meta, timm, onnx, openvino or pt2 (torch.export).")],
+    out: Annotated[str, typer.Option(help="The file or folder to write.")],
+    int8: Annotated[bool, typer.Option("--int8", help="onnx, openvino: 8 bits, for CPUs.")] = False,
+    calibrate: Annotated[str | None, typer.Option(help="DATA that --int8 is calibrated on.")] = None,
+    push: Annotated[str | None, typer.Option(help="hf: USER/NAME on the Hugging Face hub.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format, checked against the model itself."""
+    from unlabeled.weights.export import as_dict, describe
+    from unlabeled.weights.export import export as run_export
+
+    result = run_export(model, to, out, int8=int8, calibrate=calibrate, push=push)
+    for line in describe(result):
+        console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        print_json(as_dict(result))
+
+
+def _info_recipes(as_json: bool) -> None:
+    from unlabeled.pretrain.recipes import FITTED, RECIPE_NAMES, named_recipe
+
+    recipes = {name: named_recipe(name) for name in RECIPE_NAMES if name not in FITTED}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, recipe in recipes.items():
+        for section in fields(recipe):
+            part = getattr(recipe, section.name)
+            if is_dataclass(part):
+                for item in fields(part):
+                    rows.setdefault(f"{section.name}.{item.name}", {})[name] = getattr(part, item.name)
+    if as_json:
+        print_json(rows)
+        return
+    print("auto (the default) reads the data and the machine, and prints its choice with a reason each.")
+    print("highres is the recipe of the model that --from names, with global crops of 518 pixels.\n")
+    print(f"{'field':32}" + "".join(f"{name:>16}" for name in recipes))
+    for name, values in rows.items():
+        print(f"{name:32}" + "".join(f"{_short(value):>16}" for value in values.values()))
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,42 @@
+"""What the commands share: the top command, its options and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="DINOv2, complete: learn image features without labels and put them to work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output; the rest on standard error.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+DataArgument = Annotated[
+    str, typer.Argument(help="A folder, tar shards, Parquet, a text or CSV list of paths, or hf:NAME.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A MODEL: run folder, Hugging Face folder or name, .pth, timm.")
+]
+
+
+def console(as_json: bool) -> Console:
+    """Where a command's words go: standard output, or standard error where that is for JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The machine-readable result, one object on one line."""
+    print(json.dumps(result), flush=True)

@@ -1,0 +1,1 @@
+"""The image index: build, add, delete, query."""
