@@ -128,9 +128,10 @@ class Attention(nn.Module):
             mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return scaled_linear(self.proj, gamma_D, mixed)
 
-    def weights(self, x_BTD: Tensor) -> Tensor:
-        """Return the softmax weights (B, heads, T, T), rows sum to 1."""
+    def weights(self, x_BTD: Tensor, num_queries: int | None = None) -> Tensor:
+        """Return the softmax weights (B, heads, T, T), rows sum to 1; or the first num_queries rows alone."""
         query, key, _ = self.packed(x_BTD).permute(2, 0, 3, 1, 4).unbind(0)
+        query = query[:, :, :num_queries]
         logits: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
@@ -308,12 +309,13 @@ class VisionTransformer(nn.Module):
 
         Each row is a query and sums to 1. layer: the block's index, -1 is the last.
         """
-        last = layer % len(self.blocks)
-        x_BTD, _ = self.embed(images_B3HW)
-        for index in range(last):
-            x_BTD = self._run(self.blocks[index], x_BTD)
-        block = cast(Block, self.blocks[last])
+        block, x_BTD = self._before(images_B3HW, layer)
         return block.attn.weights(block.norm1(x_BTD))
+
+    def cls_attention(self, images_B3HW: Tensor, layer: int = -1) -> Tensor:
+        """Return the CLS token's row of `attention`, (B, heads, T), in memory that grows with T, not T * T."""
+        block, x_BTD = self._before(images_B3HW, layer)
+        return block.attn.weights(block.norm1(x_BTD), num_queries=1)[:, :, 0]
 
     def embed(self, images_B3HW: Tensor, masks_BN: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Return the tokens that enter the first block, (B, T, D), and the patch grid (h, w)."""
@@ -345,6 +347,14 @@ class VisionTransformer(nn.Module):
             resized = (rows_hs @ patches.float().view(side, -1)).view(h, side, -1)
             resized = (columns_ws @ resized).view(1, h * w, -1)
         return torch.cat((cls, resized.to(patches.dtype)), dim=1)
+
+    def _before(self, images_B3HW: Tensor, layer: int) -> tuple[Block, Tensor]:
+        """Return a block and the tokens that enter it."""
+        last = layer % len(self.blocks)
+        x_BTD, _ = self.embed(images_B3HW)
+        for index in range(last):
+            x_BTD = self._run(self.blocks[index], x_BTD)
+        return cast(Block, self.blocks[last]), x_BTD
 
     def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
         if self.checkpoint_blocks and torch.is_grad_enabled():
