@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unlabeled import evaluate as evaluate
     from unlabeled.errors import UserError as UserError
+    from unlabeled.features.attention import attention as attention
+    from unlabeled.features.match import match as match
+    from unlabeled.features.pca import patch_pca as patch_pca
+    from unlabeled.features.similar import similar as similar
     from unlabeled.pretrain.loop import Run as Run
     from unlabeled.pretrain.loop import distill as distill
     from unlabeled.pretrain.loop import pretrain as pretrain
@@ -20,6 +24,10 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "UserError": "unlabeled.errors",
+    "attention": "unlabeled.features.attention",
+    "match": "unlabeled.features.match",
+    "patch_pca": "unlabeled.features.pca",
+    "similar": "unlabeled.features.similar",
     "Run": "unlabeled.pretrain.loop",
     "distill": "unlabeled.pretrain.loop",
     "Tokens": "unlabeled.vit",

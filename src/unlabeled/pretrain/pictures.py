@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from unlabeled.features.extract import extract
-from unlabeled.features.look import patch_pca
+from unlabeled.features.pca import patch_pca
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import Source, open_source
 from unlabeled.pretrain.recipes import read_recipe
@@ -141,7 +141,8 @@ def pca(model: VisionTransformer, source: Source, side: int, num_images: int = 8
     images = images[:: max(1, len(images) // num_images)][:num_images]
     figure = Figure(figsize=(1.5 * len(images), 3.2), layout="constrained")
     grid = figure.subplots(2, len(images), squeeze=False)
-    for column, (image, components) in enumerate(zip(images, patch_pca(model, images), strict=True)):
+    colours = patch_pca(model, images, foreground=False, size=2 * side).colours
+    for column, (image, components) in enumerate(zip(images, colours, strict=True)):
         height, width = image.shape[:2]
         grid[0, column].imshow(image)
         grid[1, column].imshow(components, extent=(0, width, height, 0), interpolation="nearest")
