@@ -277,12 +277,12 @@ def grey(pixels_HW3: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def heat(
-    pixels_HW3: NDArray[np.uint8], values_HW: NDArray[np.floating], scale: Scale, strength: float = 0.8
+    pixels_HW3: NDArray[np.uint8], values_HW: NDArray[np.floating], scale: Scale, relief: float = 0.36
 ) -> NDArray[np.uint8]:
-    """Return values as colours of a scale, over the image in grey."""
+    """Return values as colours of a scale, made lighter and darker by the image, so that on average they stay true."""
     shares = ((values_HW - scale.low) / max(scale.high - scale.low, 1e-12)).clip(0, 1)
-    colours = colormaps[scale.cmap](shares)[..., :3]
-    return to_bytes(strength * colours + (1 - strength) * grey(pixels_HW3))
+    luminance = grey(pixels_HW3)
+    return to_bytes(colormaps[scale.cmap](shares)[..., :3] + relief * (luminance - luminance.mean()))
 
 
 def to_bytes(values: NDArray[np.floating]) -> NDArray[np.uint8]:
