@@ -62,10 +62,12 @@ def fitted(model: VisionTransformer, image: ImageLike, size: int | None) -> tupl
     """Return an image as a model takes it, (1, 3, h * patch, w * patch) on the model's device, and its grid (h, w).
 
     size: short side in pixels; None is `default_size`.
-    Raises UserError as `as_pixels` and `patch_grid` do.
+    Raises UserError as `as_pixels` and `patch_grid` do, and for a model of other than RGB images.
     """
     from PIL import Image
 
+    if model.config.in_channels != 3:
+        raise UserError(f"This model sees images of {model.config.in_channels} channels; RGB has 3.")
     pixels = as_pixels(image)
     height, width = pixels.shape[:2]
     patch_size = model.config.patch_size

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
@@ -248,7 +248,9 @@ def text_width(words: str, pixels: float) -> float:
 
 
 def shortened(name: str, most: int = 26) -> str:
-    """Return a name without its middle, where it has more than `most` characters."""
+    """Return a name without its middle, where it has more than `most` characters; "?" for what has no glyph."""
+    glyphs = get_font(findfont(FontProperties()))
+    name = "".join(letter if glyphs.get_char_index(ord(letter)) else "?" for letter in name)
     if len(name) <= most:
         return name
     end = min(8, most // 3)

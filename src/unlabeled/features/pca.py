@@ -36,11 +36,11 @@ def patch_pca(
 ) -> PatchPca:
     """Return the first three principal components of the patch tokens, fitted over all images together.
 
-    As in the DINOv2 paper (arXiv 2304.07193, figure 1), patches that are positive in the first component are the
-    foreground, and a second analysis of these alone gives the colours. For the first one each image is centred by
-    itself: what differs between images that show different things would be its first component otherwise, and whole
-    images would be background. Which side is the foreground: the one that is less common along the borders of the
-    images than inside.
+    As in the DINOv2 paper (arXiv 2304.07193, figure 1), a threshold on the first component separates the foreground,
+    and a second analysis of its patches alone gives the colours. For the first one each image is centred by itself:
+    what differs between images that show different things would be its first component otherwise, and whole images
+    would be background. The threshold is each image's own, by Otsu's method, which also finds an object of a few
+    patches. Which side is the foreground: the one that is less common along the borders of the images than inside.
 
     images: one or several: paths, bytes, Pillow images, arrays or tensors; of different shapes, if they are.
     foreground: separate it; False colours every patch by one analysis.
@@ -64,12 +64,12 @@ def components(features: list[NDArray[np.float32]], foreground: bool = True) -> 
     wanted = np.ones(len(rows_ND), bool)
     if foreground:
         centred = [part - part.mean(0, dtype=np.float64) for part in np.split(rows_ND, ends)]
-        first = principal(np.concatenate(centred, dtype=np.float32), 1)[0][:, 0]
-        masks = [part.reshape(grid) > 0 for part, grid in zip(np.split(first, ends), grids, strict=True)]
+        first = np.split(principal(np.concatenate(centred, dtype=np.float32), 1)[0][:, 0], ends)
+        masks = [above(part).reshape(grid) for part, grid in zip(first, grids, strict=True)]
         if more_on_the_border(masks):
-            first = -first
-        # Patches that are all alike have no background.
-        wanted = first > 0 if first.any() else wanted
+            masks = [above(-part).reshape(grid) for part, grid in zip(first, grids, strict=True)]
+        if any(mask.any() for mask in masks):  # patches that are all alike have no background
+            wanted = np.concatenate([mask.ravel() for mask in masks])
     scores, explained = principal(rows_ND[wanted], 3)
     low, high = np.percentile(scores, [1, 99], axis=0)
     spread = high - low
@@ -108,6 +108,24 @@ def principal(rows_ND: NDArray[np.float32], count: int) -> tuple[NDArray[np.floa
         scores[start : start + _ROWS, : vectors.shape[1]] = (rows_ND[start : start + _ROWS] - mean) @ vectors
     explained[: vectors.shape[1]] = variances[kept] / total if total > 0 else 0
     return scores, explained
+
+
+def above(values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which values are above the threshold that leaves the least variance within both parts (Otsu 1979).
+
+    Of values that are all the same, none is.
+    """
+    N = len(values_N)
+    ordered = np.sort(values_N)
+    if ordered[0] == ordered[-1]:
+        return np.zeros(N, bool)
+    counts = np.arange(1, N)
+    sums = np.cumsum(ordered - ordered.mean())[:-1]
+    # Between the parts, counted from below: sums**2 / (counts * (N - counts)) up to a factor; cuts only where values
+    # differ.
+    between = np.where(np.diff(ordered) > 0, sums**2 / (counts * (N - counts)), -1)
+    parts: NDArray[np.bool_] = values_N > ordered[int(between.argmax())]
+    return parts
 
 
 def more_on_the_border(masks: list[NDArray[np.bool_]]) -> bool:
