@@ -151,7 +151,7 @@ def lay_out(
     u = width / WIDTH
     num_panels = max(len(row) for row in titles)
     words = [max(SQUEEZED * text_width(title, TITLE * u) for title in row) for row in titles]
-    foot = MARGIN * u + (5.2 * SMALL * u + BAR[1] * u if scale else 0) + ((GAP + SMALL) * u if caption else 0)
+    foot = MARGIN * u + (4.0 * SMALL * u + BAR[1] * u if scale else 0) + ((GAP + SMALL) * u if caption else 0)
     tallest = TALLEST[num_panels * len(shapes) > 8] * width - foot
     best, best_score = _Table([], 0, 0), 0.0
     for across in range(1, num_panels + 1):
@@ -162,9 +162,10 @@ def lay_out(
             cells = -(-num_panels // across) * across * -(-len(shapes) // beside) * beside
             filled = num_panels * len(shapes) / cells
             area = float(np.mean([math.sqrt(row[0].width * row[0].height) for row in table.boxes]))
-            # Holes in an arrangement cost it a little. Of equals, the first: an image's panels below each other.
-            if area * filled**0.3 > best_score * 1.001:
-                best, best_score = table, area * filled**0.3
+            # Holes in an arrangement cost it a little, and so do panels that are no line of their own an image.
+            score = area * filled**0.3 * (1 if len(shapes) == 1 or across in (1, num_panels) else 0.8)
+            if score > best_score * 1.001:
+                best, best_score = table, score
     if not best.boxes:
         raise UserError(f"A page of {width} pixels is too narrow for these images; choose a wider one.")
     needed = [text_width(caption, 0.8 * SMALL * u), text_width(scale.label, SMALL * u) if scale else 0]
