@@ -44,7 +44,7 @@ def evaluate(model: VisionTransformer, train: Source, test: Source, device: torc
     model.eval()
     with torch.no_grad(), Parallel(device).autocast("auto"):
         found = [
-            extract(model, source, kind="cls+patch", resize=SIDE, crop=SIDE, batch_size=500, device=device)
+            extract(model, source, kind="cls+mean", resize=SIDE, crop=SIDE, batch_size=500, device=device)
             for source in (train, test)
         ]
     width = model.config.width

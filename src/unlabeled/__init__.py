@@ -10,9 +10,13 @@ if TYPE_CHECKING:
     from unlabeled import evaluate as evaluate
     from unlabeled.errors import UserError as UserError
     from unlabeled.features.attention import attention as attention
+    from unlabeled.features.embed import embed as embed
+    from unlabeled.features.extractor import Extractor as Extractor
     from unlabeled.features.match import match as match
     from unlabeled.features.pca import patch_pca as patch_pca
     from unlabeled.features.similar import similar as similar
+    from unlabeled.features.table import FeatureTable as FeatureTable
+    from unlabeled.features.table import open_table as open_table
     from unlabeled.pretrain.loop import Run as Run
     from unlabeled.pretrain.loop import distill as distill
     from unlabeled.pretrain.loop import pretrain as pretrain
@@ -25,6 +29,10 @@ __version__ = "0.1.0"
 _PLACES = {
     "UserError": "unlabeled.errors",
     "attention": "unlabeled.features.attention",
+    "embed": "unlabeled.features.embed",
+    "Extractor": "unlabeled.features.extractor",
+    "FeatureTable": "unlabeled.features.table",
+    "open_table": "unlabeled.features.table",
     "match": "unlabeled.features.match",
     "patch_pca": "unlabeled.features.pca",
     "similar": "unlabeled.features.similar",

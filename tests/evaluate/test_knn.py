@@ -74,10 +74,10 @@ def test_extraction_leaves_out_bad_files_and_names_them(tile_folder: Path, tmp_p
         target.write_bytes(path.read_bytes())
     (folder / "left" / "bad.png").write_bytes(b"no image")
     model = VisionTransformer(vit_config("vit_tiny", depth=1, patch_size=8, image_size=32)).eval()
-    found = extract(model, open_source(folder), kind="cls+patch", resize=32, crop=32, batch_size=5)
+    found = extract(model, open_source(folder), kind="cls+mean", resize=32, crop=32, batch_size=5)
     assert found.features.shape == (24, 2 * 192)
     assert found.bad == [("left/bad.png", "not an image, or of a kind that is not supported")]
-    alone = extract(model, open_source(folder), kind="cls+patch", indices=[3], resize=32, crop=32)
+    alone = extract(model, open_source(folder), kind="cls+mean", indices=[3], resize=32, crop=32)
     row = found.keys.index(alone.keys[0])
     np.testing.assert_allclose(found.features[row], alone.features[0], atol=1e-5)
     assert 0 <= split_knn(model, open_source(folder), k=3, crop=32) <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,25 +36,47 @@ def info(
 
 @app.command()
 def export(
-    model: Annotated[
-        str, typer.Argument(help="A MODEL: run folder, Hugging Face folder or name, .pth, timm.")
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A MODEL (run folder, Hugging Face folder or name, .pth, timm), or a feature table."
+        ),
     ],
-    to: Annotated[str, typer.Option(help="hf, meta, timm, onnx, openvino or pt2 (torch.export).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf, meta, timm, onnx, openvino or pt2 (torch.export); of a table parquet, csv or npz."
+        ),
+    ],
     out: Annotated[str, typer.Option(help="The file or folder to write.")],
     int8: Annotated[bool, typer.Option("--int8", help="onnx, openvino: 8 bits, for CPUs.")] = False,
     calibrate: Annotated[str | None, typer.Option(help="DATA that --int8 is calibrated on.")] = None,
     push: Annotated[str | None, typer.Option(help="hf: USER/NAME on the Hugging Face hub.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another format, checked against the model itself."""
+    """Write a model in another format, checked against the model itself; or a feature table as one file."""
     from unlabeled.weights.export import as_dict, describe
     from unlabeled.weights.export import export as run_export
 
-    result = run_export(model, to, out, int8=int8, calibrate=calibrate, push=push)
+    if (Path(what).expanduser() / "table.json").exists():
+        _export_table(what, to, out, as_json)
+        return
+    result = run_export(what, to, out, int8=int8, calibrate=calibrate, push=push)
     for line in describe(result):
         console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
     if as_json:
         print_json(as_dict(result))
+
+
+def _export_table(table: str, to: str, out: str, as_json: bool) -> None:
+    from unlabeled.features.convert import convert
+
+    written = convert(table, to, out)
+    console(as_json).print(
+        f"{written}: {written.stat().st_size:,} bytes", highlight=False, markup=False, soft_wrap=True
+    )
+    if as_json:
+        print_json({"table": table, "format": to, "out": str(written)})
 
 
 def _info_recipes(as_json: bool) -> None:

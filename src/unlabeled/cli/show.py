@@ -141,7 +141,7 @@ def show_similar(
 
 
 def _loaded(model: str, device: str) -> VisionTransformer:
-    from unlabeled.pretrain.parallel import choose_device
+    from unlabeled.devices import choose_device
     from unlabeled.weights.load import load_model
 
     return load_model(model, device=choose_device(device))

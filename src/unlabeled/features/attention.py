@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unlabeled.errors import UserError
-from unlabeled.features.fitting import evaluating, finite, fitted
+from unlabeled.features.fitting import check_layer, evaluating, finite, fitted
 from unlabeled.features.inputs import ImageLike
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ def attention(
         images the model's position embedding is learned on.
     Raises UserError for a layer or a mass that does not exist, and for what is no image.
     """
-    depth = len(model.blocks)
-    if not -depth <= layer < depth:
-        raise UserError(
-            f"There is no layer {layer}: this model has blocks 0 to {depth - 1}, or -{depth} to -1."
-        )
+    check_layer(model, layer)
     if not 0 < mass <= 1:
         raise UserError(f"A mask holds a mass above 0, up to 1, of the attention; not {mass:g}.")
     with evaluating(model):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from unlabeled.images.sources import Source
     from unlabeled.vit import Tokens, VisionTransformer
 
-Kind = Literal["cls", "patch", "cls+patch"]
+Pooled = Literal["cls", "mean", "cls+mean"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def extract(
     model: VisionTransformer,
     source: Source,
     *,
-    kind: Kind = "cls",
+    kind: Pooled = "cls",
     indices: Sequence[int] | NDArray[np.int64] | None = None,
     resize: int = 256,
     crop: int = 224,
@@ -104,12 +104,12 @@ def token_batches(
         yield model(normalize(images.to(device))), labels, keys
 
 
-def features_of(tokens: Tokens, kind: Kind) -> Tensor:
-    """(B, D) of one kind, from a model's tokens; (B, 2D) for "cls+patch"."""
+def features_of(tokens: Tokens, kind: Pooled) -> Tensor:
+    """(B, D) of one kind, from a model's tokens; (B, 2D) for "cls+mean"."""
     if kind == "cls":
         return tokens.cls
     mean = tokens.patches.mean(1)
-    return mean if kind == "patch" else torch.cat((tokens.cls, mean), 1)
+    return mean if kind == "mean" else torch.cat((tokens.cls, mean), 1)
 
 
 def pixels_of(

@@ -135,3 +135,12 @@ def centres(
     """
     rows, columns = np.divmod(indices_N, grid[1])
     return np.stack(((columns + 0.5) * image[1] / grid[1], (rows + 0.5) * image[0] / grid[0]), axis=1)
+
+
+def check_layer(model: VisionTransformer, layer: int) -> None:
+    """Raise UserError for a block that a model has not."""
+    depth = len(model.blocks)
+    if not -depth <= layer < depth:
+        raise UserError(
+            f"There is no layer {layer}: this model has blocks 0 to {depth - 1}, or -{depth} to -1."
+        )

@@ -38,10 +38,11 @@ class _Handle:
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._close = os.close  # at the interpreter's end `os` goes before this does
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        if hasattr(self, "_close"):
+            self._close(self.number)
 
 
 class TarSource:

@@ -27,11 +27,11 @@ from unlabeled.pretrain.metrics import Metrics
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
 from unlabeled.pretrain.parallel import Parallel, denormals_flushed
 from unlabeled.pretrain.plan import Plan, prepared, resumed
-from unlabeled.pretrain.progress import TrainingProgress
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.recipes import read_recipe
 from unlabeled.pretrain.schedules import values_at
 from unlabeled.pretrain.start import begin, heads_fit
+from unlabeled.progress import Progress
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model
 
@@ -173,7 +173,11 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
     metrics = Metrics(folder, start, writes=parallel.rank == 0)
     report = BadFiles(folder / "bad_files.jsonl")
     watch, skipped, begun = CollapseWatch(recipe.head.num_prototypes), 0, time.perf_counter()
-    with _signals() as received, TrainingProgress(console, start, run.steps) as progress, metrics:
+    with (
+        _signals() as received,
+        Progress(console, "pretraining", "step", start, run.steps) as progress,
+        metrics,
+    ):
         if start:
             progress.say(f"resumed from step {start}")
         begun_with = _evaluated(method, evaluate) if plan.start and evaluate else {}
@@ -218,7 +222,7 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
                 progress.say(f"step {done}: {_said(found)}")
                 row |= found
             metrics.add(row)
-            progress.update(done, row)
+            progress.update(done, f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")
             stopping = parallel.any(bool(received))
             if done % run.checkpoint_every == 0 or done == run.steps or stopping:
                 metrics.flush()

@@ -1,0 +1,62 @@
+"""`embed`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from unlabeled.cli.options import DataArgument, Device, Json, ModelOption, app, console, print_json
+
+
+@app.command()
+def embed(
+    data: DataArgument,
+    model: ModelOption,
+    out: Annotated[str, typer.Option(help="The feature table's folder; one that is there is gone on with.")],
+    kind: Annotated[
+        str, typer.Option(help="cls, mean (of the patches), cls+mean, patches or attention.")
+    ] = "cls",
+    layer: Annotated[int, typer.Option(help="The block that is taken; 0 is the first, -1 the last.")] = -1,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels; 224 by default, or what the model was trained at if less.")
+    ] = None,
+    shape: Annotated[
+        str, typer.Option(help="crop (the centre square), keep (size is the short side) or stretch.")
+    ] = "crop",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or float16; by default float16 for patches and attention.")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="8 bits on a CPU, bfloat16 and compiled on a GPU.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Images at once.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Turn images into vectors: a feature table, that search, curation and evaluation read."""
+    from unlabeled.features.embed import embed as run_embed
+
+    terminal = console(as_json)
+    table = run_embed(
+        data, model, out, kind=kind, layer=layer, size=size, shape=shape, dtype=dtype, fast=fast,  # type: ignore[arg-type]
+        device=device, batch_size=batch_size, console=terminal,
+    )  # fmt: skip
+    count, bad = len(table), table.bad_files
+    result = {
+        "rows": count,
+        "bad_files": bad,
+        "images_per_second": round(table.images_per_second, 2),
+        "table": str(table.path),
+        "kind": kind,
+        "dimension": table.dimension,
+    }
+    said = f"{table.path}: {count:,} images, {kind} of {table.dimension} in {table.dtype}"
+    said += f"; {bad} files could not be read, see {table.path / 'bad_files.jsonl'}" if bad else ""
+    terminal.print(said, highlight=False, markup=False, soft_wrap=True)
+    if not table.is_grid:
+        terminal.print(
+            f"next: unlabeled index {table.path} --out index", highlight=False, markup=False, soft_wrap=True
+        )
+    if as_json:
+        print_json(result)
