@@ -1,6 +1,7 @@
 """Every format of `unlabeled export`: what is written gives the model's numbers where it is read."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,28 @@ def test_files_say_what_they_are(written: tuple[Any, Path]) -> None:
     extra = {"metadata.json": ""}
     torch.export.load(folder / "model.pt2", extra_files=extra)
     assert json.loads(extra["metadata.json"])["std"] == [0.229, 0.224, 0.225]
+
+
+FREED_ELSEWHERE = """
+import gc, os, signal, sys, threading, time
+from pathlib import Path
+from unlabeled.weights.graph import openvino_runner
+
+held = [openvino_runner(Path(sys.argv[1]))]
+thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+thread.start()
+thread.join()
+received = []
+signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+os.kill(os.getpid(), signal.SIGUSR1)
+assert received
+"""
+
+
+def test_a_graph_freed_in_another_thread_leaves_signals_working(written: tuple[Any, Path]) -> None:
+    graph_file = str(written[1] / "model.xml")
+    stopped = subprocess.run([sys.executable, "-c", FREED_ELSEWHERE, graph_file], capture_output=True)
+    assert stopped.returncode == 0, stopped
 
 
 @pytest.mark.parametrize("mode", graph.CUBIC)

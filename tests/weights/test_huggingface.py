@@ -238,3 +238,11 @@ def test_transformers_prepares_images_as_we_do(
     assert theirs.shape == (1, 3, crop, crop)
     # One step of 8 bits is 0.017: the crops differ by the rounding of resized pixels at most.
     assert (ours - theirs).abs().max() < 0.02
+
+
+def test_files_have_the_permissions_that_the_user_gives_new_files(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    config = VitConfig(width=64, depth=1, num_heads=1, patch_size=8, image_size=32)
+    save_huggingface(VisionTransformer(config), tmp_path / "model")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert set(modes.values()) == {(tmp_path / "other").stat().st_mode}, modes

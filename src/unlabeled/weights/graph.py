@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -225,7 +226,7 @@ def save_onnx(traced: torch.export.ExportedProgram, config: VitConfig, path: Pat
 def save_openvino(onnx_path: Path, path: Path, config: VitConfig) -> None:
     """Write an ONNX file as OpenVINO's .xml, and .bin beside it, metadata in its rt_info under "unlabeled"."""
     openvino = needed("openvino")
-    graph = openvino.Core().read_model(onnx_path)
+    graph = openvino_core().read_model(onnx_path)
     for name, text in metadata(config).items():
         graph.set_rt_info(text, ["unlabeled", name])
     openvino.save_model(graph, path, compress_to_fp16=False)
@@ -241,9 +242,8 @@ def onnx_runner(path: Path) -> Runner:
 
 def openvino_runner(path: Path) -> Runner:
     """Return a function as onnx_runner's, by OpenVINO on the CPU, in float32."""
-    openvino = needed("openvino")
     # Left to itself it computes in bfloat16 where the processor can.
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     names = [output.any_name for output in compiled.outputs]
 
     def run(images: NDArray[np.float32]) -> Features:
@@ -251,6 +251,16 @@ def openvino_runner(path: Path) -> Runner:
         return {name: found[name] for name in names}
 
     return run
+
+
+@cache
+def openvino_core() -> Any:
+    """Return OpenVINO's one core of this process, which is never freed.
+
+    Its CPU plugin gives the thread that first compiles a stack for signal handlers, and unmaps it when the core is
+    freed, in whatever thread that happens: the next signal would then end the process.
+    """
+    return needed("openvino").Core()
 
 
 def pt2_runner(path: Path) -> Runner:

@@ -5,6 +5,7 @@ Shape suffixes: B images, N patches, D width, H W pixels.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import open_source
 from unlabeled.images.transform import evaluation_transform, normalize
 from unlabeled.vit import VitConfig
-from unlabeled.weights.graph import INPUT, POSITIONS, Runner, needed, quiet
+from unlabeled.weights.graph import INPUT, POSITIONS, Runner, needed, openvino_core, quiet
 
 NUM_CALIBRATION = 300  # images; ranges hardly move beyond
 NUM_HELD_OUT = 100
@@ -141,7 +142,7 @@ def quantize_openvino(path: Path, images: list[NDArray[np.float32]]) -> None:
     # Elsewhere first: the weights are mapped from the file that is replaced.
     part = path.parent / "int8"
     openvino.save_model(
-        _quantized(openvino.Core().read_model(path), images), part / path.name, compress_to_fp16=False
+        _quantized(openvino_core().read_model(path), images), part / path.name, compress_to_fp16=False
     )
     for file in part.iterdir():
         os.replace(file, path.parent / file.name)  # noqa: PTH105
@@ -155,13 +156,15 @@ def _quantized(graph: object, images: list[NDArray[np.float32]]) -> object:
     logging.getLogger("nncf").setLevel(logging.ERROR)
     # Its progress would stand before the result of --json.
     with quiet(), redirect_stdout(sys.stderr):
-        return nncf.quantize(
+        quantized: object = nncf.quantize(
             graph,
             nncf.Dataset(images, lambda image: {INPUT: image}),
             subset_size=len(images),
             model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=nncf.IgnoredScope(patterns=[f"^{POSITIONS}.*"], validate=False),
         )
+    gc.collect()  # its own cores in this thread, see openvino_core
+    return quantized
 
 
 def megabytes(folder: Path) -> float:
