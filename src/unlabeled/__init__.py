@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from unlabeled.pretrain.loop import Run as Run
     from unlabeled.pretrain.loop import distill as distill
     from unlabeled.pretrain.loop import pretrain as pretrain
+    from unlabeled.search.index import Index as Index
+    from unlabeled.search.index import build_index as build_index
+    from unlabeled.search.index import open_index as open_index
     from unlabeled.vit import Tokens as Tokens
     from unlabeled.vit import VisionTransformer as VisionTransformer
     from unlabeled.weights.load import load_model as load_model
@@ -36,6 +39,9 @@ _PLACES = {
     "match": "unlabeled.features.match",
     "patch_pca": "unlabeled.features.pca",
     "similar": "unlabeled.features.similar",
+    "Index": "unlabeled.search.index",
+    "build_index": "unlabeled.search.index",
+    "open_index": "unlabeled.search.index",
     "Run": "unlabeled.pretrain.loop",
     "distill": "unlabeled.pretrain.loop",
     "Tokens": "unlabeled.vit",

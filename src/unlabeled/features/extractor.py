@@ -107,18 +107,27 @@ class Extractor:
             self.engine = make(self.model, layer, self.device)
 
     @staticmethod
-    def of(identity: dict[str, Any], device: str = "auto") -> Extractor:
+    def of(
+        identity: dict[str, Any], device: str = "auto", model: str | Path | VisionTransformer | None = None
+    ) -> Extractor:
         """Return the extractor that makes features of an identity, such as a table's.
 
+        model: the identity's, where it has no name or has moved.
+
         Raises:
-            UserError: its model has no name, cannot be loaded, or has other weights by now.
+            UserError: the model has no name, cannot be loaded, or has other weights than the identity's.
         """
-        name = identity["model"]["name"]
+        name = model or identity["model"]["name"]
         if not name:
             raise UserError("These features come from a model that was given without a name; give it again.")
+        loaded = load_model(name) if isinstance(name, str | Path) else name
+        here = {"name": str(name) if isinstance(name, str | Path) else "", "weights": weights_hash(loaded)}
+        check_same(
+            {"model": identity["model"]}, {"model": here}, "These features", "the model that is there now"
+        )
         preprocessing = identity["preprocessing"]
-        extractor = Extractor(
-            name,
+        return Extractor(
+            loaded,
             identity["kind"],
             layer=identity["layer"],
             size=preprocessing["size"],
@@ -127,8 +136,6 @@ class Extractor:
             calibrate=identity.get("calibrated_on"),
             device="cpu" if identity["precision"] == "int8" else device,
         )
-        check_same(identity, extractor.identity, "these features", f"the model {name}")
-        return extractor
 
     @overload
     def __call__(self, images: ImageLike) -> Features: ...

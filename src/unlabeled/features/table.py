@@ -161,7 +161,7 @@ class FeatureTable:
             raise UserError(
                 f"{self.path} has a shard that cannot be read: {' '.join(str(error).split())}"
             ) from error
-        self._open_sources: dict[int, Source] = {}
+        self._open_sources: dict[str, Source] = {}
 
     def __len__(self) -> int:
         """Number of images."""
@@ -236,6 +236,12 @@ class FeatureTable:
                 yield first, rows.slice(start, length), self.vectors[first : first + length]
                 first += length
 
+    @property
+    def source_numbers(self) -> NDArray[np.int32]:
+        """Which of `sources` each row is of, (N,)."""
+        numbers = [int(shard.name[:3]) for shard in self._shards]
+        return np.repeat(np.array(numbers, np.int32), self._counts)
+
     def read_image(self, row: int) -> bytes:
         """Return the encoded image that a row was made of.
 
@@ -244,30 +250,37 @@ class FeatureTable:
         """
         if not 0 <= row < len(self):
             raise IndexError(row)
-        number, start = 0, 0
-        while row >= start + self._counts[number]:
-            start += self._counts[number]
-            number += 1
-        shard = self._shards[number]
-        held = self._read(shard).slice(row - start, 1).to_pylist()[0]
-        source_number = int(shard.name[:3])
-        if source_number not in self._open_sources:
-            self._open_sources[source_number] = open_source(self.sources[source_number]["data"])
-        try:
-            data = self._open_sources[source_number].read(held["index"]).data
-        except (OSError, IndexError) as error:
-            raise UserError(f"{held['key']} of {held['source']} cannot be read: {error}") from error
-        if content_hash(data) != held["content_hash"]:
-            raise UserError(
-                f"{held['key']} of {held['source']} is another image now than when its features were made."
-            )
-        return data
+        shard = int(np.searchsorted(np.cumsum(self._counts), row, side="right"))
+        start = sum(self._counts[:shard])
+        held = self._read(self._shards[shard]).slice(row - start, 1).to_pylist()[0]
+        held["data"] = self.sources[int(self._shards[shard].name[:3])]["data"]
+        return read_checked(self._open_sources, held)
 
     def _read(self, shard: Path) -> pa.Table:
         try:
             return pq.read_table(shard)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{shard} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def read_checked(opened: dict[str, Source], row: dict[str, Any]) -> bytes:
+    """Return the encoded image of a row: index, key, source, content_hash, and data, the DATA that it is of.
+
+    opened: sources by DATA, which is added to.
+    Raises UserError where the source is gone, or has another image there by now.
+    """
+    data = row["data"]
+    if data not in opened:
+        opened[data] = open_source(data)
+    try:
+        encoded = opened[data].read(row["index"]).data
+    except (OSError, IndexError) as error:
+        raise UserError(f"{row['key']} of {row['source']} cannot be read: {error}") from error
+    if content_hash(encoded) != row["content_hash"]:
+        raise UserError(
+            f"{row['key']} of {row['source']} is another image now than when its features were made."
+        )
+    return encoded
 
 
 def read_header(path: Path) -> dict[str, Any]:
