@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from unlabeled.errors import UserError
 from unlabeled.features.fitting import patch_grid
 from unlabeled.images.transform import evaluation_transform
-from unlabeled.vit import VitConfig
+from unlabeled.vit_config import VitConfig
 
 Shape = Literal["crop", "keep", "stretch"]
 CROPPED_FROM = 112  # pixels; smaller crops take the whole short side, since little would be left

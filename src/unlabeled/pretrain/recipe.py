@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from unlabeled.errors import UserError
 from unlabeled.pretrain.crops import CropRecipe
-from unlabeled.vit import SIZES, VitConfig, vit_config
+from unlabeled.vit_config import SIZES, VitConfig, vit_config
 
 LARGEST_CROP = 8192  # pixels
 
