@@ -29,14 +29,19 @@ TINY = {
 
 
 def command(
-    *arguments: str, overrides: dict[str, Any] | None = None, ranks: int = 0, name: str = "pretrain"
+    *arguments: str,
+    overrides: dict[str, Any] | None = None,
+    ranks: int = 0,
+    restarts: int = 0,
+    name: str = "pretrain",
 ) -> list[str]:
     has_own_model = "--resume" in arguments or "--from" in arguments
     fields = (overrides or {}) if has_own_model else TINY | (overrides or {})
     options = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
     start = [sys.executable, "-m"]
     if ranks:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        start += ["--max-restarts", str(restarts), "-m"]
     return [*start, "unlabeled", name, *arguments, *options]
 
 

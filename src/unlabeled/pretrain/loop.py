@@ -26,7 +26,7 @@ from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.metrics import Metrics
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
 from unlabeled.pretrain.parallel import Parallel, denormals_flushed
-from unlabeled.pretrain.plan import Plan, prepared, resumed
+from unlabeled.pretrain.plan import Plan, begun_by_this_job, prepared, resumed
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.recipes import read_recipe
 from unlabeled.pretrain.schedules import values_at
@@ -92,6 +92,9 @@ def pretrain(
 ) -> Run:
     """Learn a backbone from unlabelled images by self-distillation.
 
+    When torchrun starts the ranks again because one was lost (--max-restarts), or a cluster the whole job with the same
+    --rdzv-id, the run goes on from its last checkpoint.
+
     Args:
         data: DATA: a folder, tar shards, Parquet, a list of paths, hf:NAME.
         out: the run folder to make.
@@ -128,6 +131,8 @@ def pretrain(
         "model.start": start,
     }
     values = dict(overrides or {}) | {name: value for name, value in named.items() if value is not None}
+    if out and begun_by_this_job(Path(out)):
+        resume, values = out, {}  # recipe.toml has them all
     plan = resumed(Path(resume), values) if resume else prepared(out, recipe, values, parallel, console)
     with denormals_flushed():
         return _train(plan, parallel, evaluation or _evaluation(plan.recipe, parallel), console)

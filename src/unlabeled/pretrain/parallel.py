@@ -53,7 +53,12 @@ class Parallel:
         if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
             return Parallel(chosen)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun's store outlives ranks that it starts again, who would find each other's old addresses.
+                store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # type: ignore[attr-defined]
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         return Parallel(chosen, dist.get_rank(), dist.get_world_size())
 
     @property

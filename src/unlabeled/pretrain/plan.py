@@ -24,6 +24,7 @@ from unlabeled.pretrain.start import Start, heads_fit, load_start, model_fields,
 HIGH_RESOLUTION = 518  # pixels, of the released models' last phase (DINOv2 appendix B)
 HIGH_RESOLUTION_STEPS = 10_000
 LOWER = 0.1  # learning rate of a run that begins with trained weights, over that of one that does not
+JOB = ".job"  # file of a run folder: the torchrun job that began it
 FREEZE = 0.1  # share of the run in which heads that start anew learn to read a backbone that stays as it is
 
 
@@ -121,8 +122,23 @@ def prepared(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_recipe(plan, folder / "recipe.toml")
+            (folder / JOB).write_text(_job())
     parallel.barrier()
     return Plan(folder, plan, source, start, teacher)
+
+
+def begun_by_this_job(folder: Path) -> bool:
+    """Whether the torchrun job that this process is of has begun this run already, and has a checkpoint of it."""
+    file = folder / JOB
+    return bool(
+        _job() and file.exists() and file.read_text() == _job() and all_checkpoints(folder / "checkpoints")
+    )
+
+
+def _job() -> str:
+    """What torchrun calls this job (--rdzv-id; --standalone draws one), the same when its ranks are started again."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
 
 
 def resumed(folder: Path, values: dict[str, Any]) -> Plan:
