@@ -1,0 +1,282 @@
+"""Work in blocks: rows of a matrix on disk, on every core, within a memory budget, resumed from a folder.
+
+Shape suffixes: N rows, D width, n rows of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from unlabeled.errors import UserError, writing
+from unlabeled.weights.files import replacing
+
+Context = TypeVar("Context")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LARGEST_BLOCK = 65536  # rows
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the number of bytes that "4GB", "500 M" or "1.5G" stands for (powers of 1024).
+
+    Raises:
+        UserError: it stands for none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", str(text), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UserError(f"{text!r} is no amount of memory; 4GB would be.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+class Executor(Protocol):
+    """Something that calls a function on many items, several at a time, and gives the results in order."""
+
+    def map(
+        self, function: Callable[[Context, Item], Result], context: Context, items: Sequence[Item]
+    ) -> Iterator[Result]:
+        """Give function(context, item) of each item, in order."""
+
+
+class Threads:
+    """The cores of this machine: a thread each, with matrix products that use one core each.
+
+    So a block is computed in the same way, to the last bit, whatever the number of workers.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def map(
+        self, function: Callable[[Context, Item], Result], context: Context, items: Sequence[Item]
+    ) -> Iterator[Result]:
+        """Give function(context, item) of each item, in order; one result a worker waits at most."""
+        with threadpool_limits(1), ThreadPoolExecutor(self.workers) as pool:
+            waiting: deque[Any] = deque()
+            try:
+                for item in items:
+                    waiting.append(pool.submit(function, context, item))
+                    if len(waiting) > self.workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a step of curation may use.
+
+    Args:
+        workers: threads; 0 is one for each core. The result does not depend on it.
+        memory: bytes that may be held; arrays on disk that are mapped do not count.
+        work: folder of finished blocks, from which a step that was stopped goes on; without it nothing is kept.
+        seed: of everything drawn at random.
+        executor: what runs the blocks, if not threads: see `unlabeled.curate.distributed`.
+    """
+
+    workers: int = 0
+    memory: int = 4 << 30
+    work: Path | None = None
+    seed: int = 0
+    executor: Executor | None = None
+
+    def map(
+        self,
+        function: Callable[[Context, Item], Result],
+        context: Context,
+        items: Sequence[Item],
+        held: int = 0,
+    ) -> Iterator[Result]:
+        """Give function(context, item) of each item, in order, on as many workers as the memory allows.
+
+        held: bytes that one call holds.
+        """
+        if self.executor:
+            return self.executor.map(function, context, items)
+        workers = self.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        return Threads(max(1, min(workers, self.memory // max(1, 2 * held)))).map(function, context, items)
+
+    def block_rows(self, row_bytes: int) -> int:
+        """Rows of a block that holds `row_bytes` each: a power of two, an eighth of the memory at most."""
+        rows = max(1, self.memory // 8 // max(1, row_bytes))
+        return min(LARGEST_BLOCK, 1 << (rows.bit_length() - 1))
+
+    @contextmanager
+    def folder(self, name: str, identity: dict[str, Any]) -> Iterator[Path]:
+        """Give the folder of a step: what an earlier run with the same identity left there, else empty."""
+        if self.work is None:
+            with tempfile.TemporaryDirectory(prefix="unlabeled-") as temporary:
+                yield Path(temporary)
+            return
+        path = Path(self.work) / name
+        plan = path / "plan.json"
+        text = json.dumps(identity, sort_keys=True)
+        with writing(path):
+            if plan.is_file() and plan.read_text() != text:
+                shutil.rmtree(path)  # of another input or other settings
+            path.mkdir(parents=True, exist_ok=True)
+            if not plan.is_file():
+                with replacing(plan) as temporary_file:
+                    temporary_file.write_text(text)
+        yield path
+
+
+class Rows:
+    """Rows of a matrix (N, D), float16 or float32, in memory or on disk, read as float32 a block at a time.
+
+    Travels to another process as the names of its files where it has any.
+
+    Args:
+        vectors: an array, a memory map, or several as one (`ShardedRows`).
+        unit: scale each row to length 1; a row of zeros stays.
+    """
+
+    def __init__(self, vectors: Any, unit: bool = True) -> None:
+        parts = vectors.parts if hasattr(vectors, "parts") else [vectors]
+        self.parts: list[NDArray[Any]] = [part for part in parts if len(part)]
+        self.unit = unit
+        self.shape = (len(vectors), int(vectors.shape[1]))
+        if vectors.dtype not in (np.float16, np.float32, np.float64):
+            raise TypeError(f"vectors of {vectors.dtype}, not float16 or float32")
+        self.dtype = np.dtype(np.float16 if vectors.dtype == np.float16 else np.float32)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+        self.maps = [_root(part) for part in self.parts]
+        self.parts = [np.asarray(part) for part in self.parts]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    def between(self, start: int, stop: int) -> Floats:
+        """Rows start to stop - 1, (n, D)."""
+        result = np.empty((max(0, stop - start), self.shape[1]), np.float32)
+        begin = 0
+        for part, end in zip(self.parts, self.ends.tolist(), strict=True):
+            if begin < stop and end > start:
+                first, last = max(start, begin), min(stop, end)
+                result[first - start : last - start] = part[first - begin : last - begin]
+            begin = end
+        return self._scaled(result, start)
+
+    def at(self, rows: Integers) -> Floats:
+        """Rows of these numbers, (n, D)."""
+        if len(self.parts) == 1:
+            return self._scaled(self.parts[0][rows].astype(np.float32, copy=False), rows)
+        result = np.empty((len(rows), self.shape[1]), np.float32)
+        shards = np.searchsorted(self.ends, rows, side="right")
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            begin = self.ends[shard - 1] if shard else 0
+            result[chosen] = self.parts[shard][rows[chosen] - begin]
+        return self._scaled(result, rows)
+
+    def release(self) -> None:
+        """Let the pages of mapped files go from this process's memory; they are read again when needed."""
+        for root in self.maps:
+            if root is not None and hasattr(root._mmap, "madvise"):
+                root._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def fingerprint(self) -> str:
+        """Hash of the shape and of some rows."""
+        some = np.linspace(0, len(self) - 1, min(len(self), 256)).astype(np.int64)
+        held = np.ascontiguousarray(self.at(some) if len(self) else np.empty(0))
+        return hashlib.sha256(repr((self.shape, self.dtype.str)).encode() + held.tobytes()).hexdigest()[:32]
+
+    def _scaled(self, block: Floats, rows: int | Integers) -> Floats:
+        lengths = np.sqrt(np.einsum("nd,nd->n", block, block))
+        if not np.isfinite(lengths).all():
+            bad = int(np.flatnonzero(~np.isfinite(lengths))[0])
+            row = rows + bad if isinstance(rows, int) else rows[bad]
+            raise UserError(f"Row {row} of the vectors is not finite; leave it out.")
+        if self.unit:
+            lengths[lengths == 0] = 1
+            block = block / lengths[:, None]
+        return block
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Files by name, arrays as they are."""
+        return {
+            "unit": self.unit,
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "parts": [
+                part if root is None else _place(part, root)
+                for part, root in zip(self.parts, self.maps, strict=True)
+            ],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the files."""
+        self.__dict__.update(state)
+        self.parts = [np.memmap(**part) if isinstance(part, dict) else part for part in state["parts"]]
+        self._prepare()
+
+
+def _root(part: Any) -> Any:
+    """Return the memory map that an array is a contiguous piece of, or None."""
+    if not isinstance(part, np.ndarray) or not part.flags.c_contiguous:
+        return None
+    while isinstance(part, np.ndarray):
+        if isinstance(part, np.memmap) and not isinstance(part.base, np.ndarray):
+            return part if part.mode == "r" else None  # advice on a writable map could lose what was written
+        part = part.base
+    return None
+
+
+def _place(part: NDArray[Any], root: Any) -> dict[str, Any]:
+    return {
+        "filename": str(root.filename),
+        "dtype": part.dtype,
+        "shape": part.shape,
+        "mode": "r",
+        "offset": root.offset + part.ctypes.data - root.ctypes.data,
+    }
+
+
+def spans(total: int, size: int) -> list[tuple[int, int]]:
+    """Cut 0 to total - 1 into (start, stop) of at most `size`."""
+    return [(start, min(total, start + size)) for start in range(0, total, size)]
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as .npy, all or nothing."""
+    with writing(path), replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays as .npz, all or nothing."""
+    with writing(path), replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return what `save_arrays` wrote."""
+    with np.load(path) as held:
+        return dict(held)

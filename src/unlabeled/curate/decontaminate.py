@@ -1,0 +1,114 @@
+"""Decontamination: what is too near to an evaluation set leaves the pool (DINOv2, appendix A.3).
+
+Shape suffixes: N images of the pool, M images of an evaluation set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, spans
+from unlabeled.curate.kmeans import NO_LIMITS
+from unlabeled.curate.neighbours import ROUNDING, TILE, Recall
+from unlabeled.errors import UserError
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Which images of a pool are too near to evaluation sets.
+
+    Attributes:
+        threshold: cosine.
+        names: of the evaluation sets.
+        set_N: int32, the set of the nearest evaluation image at least as near as the threshold; -1 where there is none.
+        image_N: int64, its row in that set; -1 where there is none.
+        similarity_N: float32, cosine to it; nan where there is none.
+        cause_N: int64, the image of the pool for which each is dropped: itself, or the nearest one of its group to an
+            evaluation image; -1 where it is kept.
+        recall: of the pairs.
+    """
+
+    threshold: float
+    names: list[str]
+    set_N: NDArray[np.int32]
+    image_N: Integers
+    similarity_N: Floats
+    cause_N: Integers
+    recall: Recall
+
+    @property
+    def is_dropped(self) -> NDArray[np.bool_]:
+        """Whether each image is dropped."""
+        return self.cause_N >= 0
+
+
+def decontaminate(
+    pool: Any,
+    evaluation: Mapping[str, Any],
+    threshold: float,
+    *,
+    groups: Integers | None = None,
+    resources: Resources = NO_LIMITS,
+) -> Contamination:
+    """Find the images of a pool that are too near to an evaluation set, and all that hang together with them.
+
+    pool: (N, D). evaluation: vectors (M, D) by the set's name. threshold: cosine, above 0 and up to 1. groups: (N,),
+        the same number for those that are dropped together, such as `Duplicates.component_N`; else each by itself.
+    Raises UserError for a threshold out of range or vectors of another width.
+    """
+    if not 0 < threshold <= 1:
+        raise UserError(f"A threshold of decontamination is a cosine above 0 and up to 1, not {threshold:g}.")
+    rows = Rows(pool)
+    best = np.full(len(rows), -np.inf, np.float32)
+    which = np.full(len(rows), -1, np.int32)
+    image = np.full(len(rows), -1, np.int64)
+    for number, (name, vectors) in enumerate(evaluation.items()):
+        others = Rows(vectors)
+        if others.shape[1] != rows.shape[1]:
+            raise UserError(
+                f"The vectors of {name} have {others.shape[1]} values and the pool's {rows.shape[1]}: another model."
+            )
+        size = resources.block_rows(4 * (rows.shape[1] + TILE))
+        blocks = spans(len(rows), size)
+        held = 4 * size * (rows.shape[1] + TILE)
+        for (start, stop), (other, cosine) in zip(
+            blocks, resources.map(_nearest, (rows, others), blocks, held), strict=True
+        ):
+            better = cosine > best[start:stop]
+            best[start:stop][better] = cosine[better]
+            image[start:stop][better] = other[better]
+            which[start:stop][better] = number
+    matched = best >= threshold - ROUNDING
+    best[~matched], image[~matched], which[~matched] = np.nan, -1, -1
+    cause = np.where(matched, np.arange(len(rows)), -1)
+    if groups is not None and matched.any():
+        hits = np.flatnonzero(matched)
+        hits = hits[np.lexsort((hits, -best[hits]))]
+        names, first = np.unique(groups[hits], return_index=True)
+        place = np.minimum(np.searchsorted(names, groups), len(names) - 1)
+        together = names[place] == groups
+        cause = np.where(matched, cause, np.where(together, hits[first][place], -1))
+    count = int(matched.sum())
+    return Contamination(
+        threshold, list(evaluation), which, image, np.minimum(best, 1), cause, Recall(count, count, len(rows))
+    )
+
+
+def _nearest(context: tuple[Rows, Rows], span: tuple[int, int]) -> tuple[Integers, Floats]:
+    rows, others = context
+    block = rows.between(*span)
+    best = np.full(len(block), -np.inf, np.float32)
+    found = np.full(len(block), -1, np.int64)
+    for start, stop in spans(len(others), TILE):
+        cosines = block @ others.between(start, stop).T
+        top = cosines.argmax(axis=1)
+        value = cosines[np.arange(len(block)), top]
+        better = value > best
+        best[better], found[better] = value[better], top[better] + start
+    rows.release()
+    return found, best
