@@ -1,0 +1,1 @@
+"""Segmentation, depth and masks from patch features."""
