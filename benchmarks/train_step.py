@@ -27,13 +27,14 @@ from typing import Any
 import torch
 
 from machine import device_name, gemm_rate, peak_memory
+from unlabeled.devices import denormals_flushed
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
 from unlabeled.pretrain.data import batches, step_masks
 from unlabeled.pretrain.loop import make_optimizer, step_seed
 from unlabeled.pretrain.method import Batch, SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule
-from unlabeled.pretrain.parallel import Parallel, denormals_flushed
+from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import Recipe, override
 from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.schedules import values_at

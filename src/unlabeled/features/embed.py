@@ -6,17 +6,17 @@ import itertools
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from unlabeled.ahead import ahead
 from unlabeled.errors import UserError, writing
 from unlabeled.features.extractor import Extractor, Kind, check_same
 from unlabeled.features.preprocessing import Shape
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2**28  # of values, at most about this many a shard: they are held until it is written
 SHARD_IMAGES = (512, 65536)
-LOOKAHEAD = 64  # images that are decoded, or being decoded, before they are wanted
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 class Loaded(NamedTuple):
@@ -189,7 +185,7 @@ def _write_shards(
         return
     with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 1)) as pool, _shown(console, done, total) as show:
         indices = itertools.chain.from_iterable(ranges[shard] for shard in waiting)
-        loaded = _ahead(pool, lambda index: _load(source, index, extractor), indices)
+        loaded = ahead(pool, lambda index: _load(source, index, extractor), indices)
         for shard in waiting:
             count = len(ranges[shard])
             images = itertools.islice(loaded, count)
@@ -220,21 +216,6 @@ class _shown:  # noqa: N801  (a context manager, used as a function)
         if self.bar:
             rate = (self.done - self.start) / max(1e-9, time.monotonic() - self.begun)
             self.bar.update(self.done, f"{rate:.1f} images/s" + (f"  {bad} bad" if bad else ""))
-
-
-def _ahead(pool: ThreadPoolExecutor, make: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
-    """What `make` makes of each, in order, by threads that are LOOKAHEAD of them ahead."""
-    waiting: deque[Future[Made]] = deque()
-    try:
-        for one in given:
-            waiting.append(pool.submit(make, one))
-            if len(waiting) > LOOKAHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _load(source: Source, index: int, extractor: Extractor) -> Loaded:

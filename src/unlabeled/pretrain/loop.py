@@ -5,47 +5,39 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from unlabeled.devices import denormals_flushed
 from unlabeled.errors import UserError
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
+from unlabeled.metrics import Metrics
 from unlabeled.pretrain import checkpoint
 from unlabeled.pretrain.data import batches
 from unlabeled.pretrain.frozen_teacher import frozen_teacher
 from unlabeled.pretrain.health import CollapseWatch, figures
 from unlabeled.pretrain.method import SelfDistillation
-from unlabeled.pretrain.metrics import Metrics
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
-from unlabeled.pretrain.parallel import Parallel, denormals_flushed
+from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.plan import Plan, begun_by_this_job, prepared, resumed
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.recipes import read_recipe
 from unlabeled.pretrain.schedules import values_at
 from unlabeled.pretrain.start import begin, heads_fit
 from unlabeled.progress import Progress
+from unlabeled.signals import StoppedBySignal, noted_signals
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model
 
 MAX_SKIPPED = 10  # steps in a row whose loss is not finite before a run stops
 
 Evaluation = Callable[[VisionTransformer], dict[str, float]]
-
-
-class StoppedBySignal(Exception):  # noqa: N818  (no error: the run is whole and can go on)
-    """A run was asked to stop, has written a checkpoint, and can be resumed."""
-
-    def __init__(self, number: int, run: Path, step: int) -> None:
-        super().__init__(f"stopped after step {step}; go on with: unlabeled pretrain --resume {run}")
-        self.number = number
 
 
 @dataclass(frozen=True)
@@ -179,7 +171,7 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
     report = BadFiles(folder / "bad_files.jsonl")
     watch, skipped, begun = CollapseWatch(recipe.head.num_prototypes), 0, time.perf_counter()
     with (
-        _signals() as received,
+        noted_signals() as received,
         Progress(console, "pretraining", "step", start, run.steps) as progress,
         metrics,
     ):
@@ -234,7 +226,9 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
                 checkpoint.save(folder / "checkpoints", method, optimizer, done, run.keep_checkpoints)
                 checkpoint.export(method, folder / "model")
             if stopping and done < run.steps:
-                raise StoppedBySignal(received[0] if received else signal.SIGTERM, folder, done)
+                number = received[0] if received else signal.SIGTERM
+                again = f"unlabeled pretrain --resume {folder}"
+                raise StoppedBySignal(number, f"stopped after step {done}; go on with: {again}")
             waited_since = time.perf_counter()
     if report.count:
         console.print(
@@ -314,24 +308,3 @@ def _evaluation(recipe: Recipe, parallel: Parallel) -> Evaluation | None:
     if not parts:
         return None
     return lambda model: {name: value for part in parts for name, value in part(model).items()}
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted, and acted on when the step is done; a second one stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread (a notebook server, a test): signals stay with their owner
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

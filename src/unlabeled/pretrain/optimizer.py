@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unlabeled.layer_decay import is_decayed, layer_of
 from unlabeled.pretrain.schedules import StepValues
-
-_BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 
 
 def parameter_groups(
@@ -31,16 +29,14 @@ def parameter_groups(
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        block = _BLOCK.match(name)
-        layer = int(block[1]) + 1 if block else depth + 1
-        if name.startswith("backbone.") and not block and not name.startswith("backbone.norm."):
-            layer = 0
+        is_backbone = name.startswith("backbone.")
+        layer = layer_of(name.removeprefix("backbone."), depth) if is_backbone else depth + 1
         multiplier = layer_decay ** (depth + 1 - layer)
         if "patch_embed" in name:
             multiplier *= patch_embed_multiplier
-        decays = parameter.ndim > 1 and not name.endswith((".bias", ".gamma"))
+        decays = is_decayed(name, parameter)
         rate = "last_layer_lr" if "last_layer" in name else "lr"
-        if name.startswith("backbone."):
+        if is_backbone:
             rate = "backbone_lr"
         groups.setdefault((multiplier, float(decays), rate), []).append(parameter)
     return [

@@ -15,21 +15,6 @@ from torch import Tensor, nn
 from unlabeled.devices import choose_device, has_bf16
 
 
-@contextlib.contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """Denormal numbers count as 0 on the CPU meanwhile: behind a LayerScale of 1e-5 the first gradients are such.
-
-    CPUs are many times slower at them. What the process did with them before is put back at the end.
-    """
-    smallest = torch.finfo(torch.float32).tiny
-    kept = bool(torch.tensor(smallest) * 0.5 > 0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(not kept)
-
-
 @dataclass
 class Parallel:
     """This process among the ranks.
