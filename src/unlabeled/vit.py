@@ -178,9 +178,11 @@ class VisionTransformer(nn.Module):
     drop_path: one rate for every block, active in training mode only.
     checkpoint_blocks: recompute each block's activations in the backward pass, for memory.
     notes: one line for each thing that the file it was read from does not hold.
+    name: what it was loaded from, as `load_model` takes it; empty for a model that was made in memory.
     """
 
     notes: tuple[str, ...] = ()
+    name: str = ""
 
     def __init__(self, config: VitConfig, drop_path: float = 0.0, checkpoint_blocks: bool = False) -> None:
         super().__init__()

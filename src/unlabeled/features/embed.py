@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from unlabeled.ahead import ahead
 from unlabeled.errors import UserError, writing
-from unlabeled.features.extractor import Extractor, Kind, check_same
+from unlabeled.features.extractor import Extractor, Kind
+from unlabeled.features.identity import check_same
 from unlabeled.features.preprocessing import Shape
 from unlabeled.features.table import FORMAT, GRID_SCHEMA, SCHEMA, FeatureTable, content_hash, read_header
 from unlabeled.images.bad_files import BadFiles

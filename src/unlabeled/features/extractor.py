@@ -19,6 +19,7 @@ from unlabeled.errors import UserError
 from unlabeled.features.engines import bf16_engine, exact_engine, int8_engine, weights_hash
 from unlabeled.features.extract import features_of
 from unlabeled.features.fitting import check_layer
+from unlabeled.features.identity import check_same
 from unlabeled.features.inputs import ImageLike, as_pixels
 from unlabeled.features.preprocessing import Shape, default_preprocessing
 from unlabeled.images.transform import normalize
@@ -74,7 +75,6 @@ class Extractor:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"A batch has at least one image, not {batch_size}.")
         self.device = choose_device(device)
-        named = model if isinstance(model, str | Path) else None
         self.model: VisionTransformer = load_model(model) if isinstance(model, str | Path) else model
         if self.model.training:
             raise UserError("The model is in training mode; call model.eval() first.")
@@ -92,7 +92,7 @@ class Extractor:
         if fast and kind == "attention":
             raise UserError("Attention is computed in float32 only; leave fast out.")
         self.identity: dict[str, Any] = {
-            "model": {"name": _lasting_name(named) if named else "", "weights": weights},
+            "model": {"name": self.model.name, "weights": weights},
             "kind": kind,
             "layer": self.layer,
             "preprocessing": asdict(self.preprocessing),
@@ -119,9 +119,12 @@ class Extractor:
         """
         name = model or identity["model"]["name"]
         if not name:
-            raise UserError("These features come from a model that was given without a name; give it again.")
+            raise UserError(
+                "These features come from a model that was made in memory; give it again (an index's extractor can be "
+                "set to Extractor(model), and search has --model)."
+            )
         loaded = load_model(name) if isinstance(name, str | Path) else name
-        here = {"name": str(name) if isinstance(name, str | Path) else "", "weights": weights_hash(loaded)}
+        here = {"name": loaded.name, "weights": weights_hash(loaded)}
         check_same(
             {"model": identity["model"]}, {"model": here}, "These features", "the model that is there now"
         )
@@ -215,27 +218,3 @@ def _array(values: torch.Tensor) -> Features:
     if not np.isfinite(array).all():
         raise UserError("The model computes infinities or NaN; are its weights whole?")
     return array
-
-
-def _lasting_name(model: str | Path) -> str:
-    """A path that is valid from every folder; names as they are."""
-    path = Path(str(model)).expanduser()
-    return str(path.resolve()) if path.exists() else str(model)
-
-
-def check_same(wanted: dict[str, Any], given: dict[str, Any], of_wanted: str, of_given: str) -> None:
-    """Raise UserError, naming what differs, unless features of two identities are comparable."""
-    for name, value in wanted.items():
-        other: Any = given.get(name)
-        if name == "model":
-            if value["weights"] != other["weights"]:
-                raise UserError(
-                    f"{of_wanted} are of other weights than {of_given}: {value['name'] or 'a model'} "
-                    f"({value['weights'][:12]}) and {other['name'] or 'a model'} ({other['weights'][:12]})."
-                )
-        elif value != other:
-            raise UserError(f"{of_wanted} have {name} {_said(value)}, {of_given} {_said(other)}.")
-
-
-def _said(value: Any) -> str:
-    return " ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, dict) else str(value)

@@ -2,11 +2,9 @@
 
 import argparse
 import json
-import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unlabeled.atomic import replacing as replacing
 from unlabeled.errors import UserError
 from unlabeled.vit import VisionTransformer, VitConfig
 
@@ -119,18 +118,3 @@ def _few(what: str, names: list[str]) -> str:
         return ""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{what}: {', '.join(names[:4])}{more}"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, which takes the place of `path` only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the user's umask has it; some libraries write 0600 of their own
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)  # noqa: PTH105
-    finally:
-        temporary.unlink(missing_ok=True)

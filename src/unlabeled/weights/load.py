@@ -76,6 +76,7 @@ def load_model(
         model = load_name(str(text))
     if interpolation:
         model.config = replace(model.config, interpolation=interpolation)
+    model.name = str(path.resolve()) if path.exists() else str(text)  # as it is valid from every folder
     return model.to(device)
 
 
