@@ -61,7 +61,8 @@ def index_command(
 
     try:
         if is_new:
-            built = build_index(str(table), out, recall=recall or 0.95, choice=kind or "auto", seen=seen)  # type: ignore[arg-type]
+            wanted = 0.95 if recall is None else recall
+            built = build_index(str(table), out, recall=wanted, choice=kind or "auto", seen=seen)  # type: ignore[arg-type]
             result["added"] = len(built)
         else:
             built = open_index(out)
@@ -100,11 +101,11 @@ def search(
         typer.Option(help="Only images that meet this: \"label = 'cat' AND width >= 640\"; SQL's WHERE."),
     ] = None,
     duplicates: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SIMILARITY", help="No query: groups of images that are so similar to each other."
-        ),
-    ] = None,
+        bool, typer.Option("--duplicates", help="No query: groups of images that are similar to each other.")
+    ] = False,
+    similarity: Annotated[
+        float, typer.Option(help="Cosine from which on two images are duplicates of each other.")
+    ] = 0.95,
     recall: Annotated[float | None, typer.Option(help="Another than the index was built for.")] = None,
     model: Annotated[str | None, typer.Option(help="The index's MODEL, where it has moved.")] = None,
     out: Annotated[str, typer.Option(help="The contact sheet, a PNG.")] = "hits.png",
@@ -112,16 +113,21 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the images most similar to an image, or those similar to each other."""
+    from unlabeled.features.page import check_place
     from unlabeled.search.index import open_index
 
     terminal, opened = console(as_json), open_index(index)
-    if duplicates is not None:
+    check_place(Path(out), images or [])
+    if duplicates:
         if images:
-            raise UserError("--duplicates compares the index's images with each other; give no IMAGE.")
-        _duplicates(terminal, opened, duplicates, where, out, as_json)
+            raise UserError(
+                f"--duplicates compares the index's images with each other and takes no IMAGE, as {images[0]} is; "
+                "--similarity says from which similarity on."
+            )
+        _duplicates(terminal, opened, similarity, where, out, as_json)
         return
     if not images:
-        raise UserError("Give one image or more to search with, or --duplicates SIMILARITY.")
+        raise UserError("Give one image or more to search with, or --duplicates.")
     from unlabeled.features.extractor import Extractor
     from unlabeled.search.sheet import write_hits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +49,20 @@ class Scale(NamedTuple):
     low: float
     high: float
     cmap: str
+
+
+def check_place(path: Path, images: Sequence[str]) -> None:
+    """Raise UserError, before the work, where a picture of some images could not be written after it."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"The picture is a PNG: {path} should end in .png.")
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder.")
+    if any(path.exists() and Path(image).exists() and path.samefile(image) for image in images):
+        raise UserError(f"{path} is one of the images; choose another place for the picture.")
+    probe = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        probe.touch()
+        probe.unlink()
 
 
 @dataclass

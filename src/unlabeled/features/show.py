@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlabeled.errors import UserError, writing
+from unlabeled.errors import UserError
 from unlabeled.features.attention import attention
 from unlabeled.features.fitting import centres, default_size, patch_grid
 from unlabeled.features.inputs import as_pixels
 from unlabeled.features.match import Matches, best_spread, match
-from unlabeled.features.page import WIDTH, WIDTHS, shortened
+from unlabeled.features.page import WIDTH, WIDTHS, check_place, shortened
 from unlabeled.features.pca import patch_pca
 from unlabeled.features.pictures import Picture, draw_attention, draw_match, draw_pca, draw_similar
 from unlabeled.features.similar import patch_at, similar_across
@@ -182,16 +182,7 @@ def _opened(
         raise UserError(f"A picture shows {MAX_IMAGES} images at most, not {len(images)}.")
     if not WIDTHS[0] <= width <= WIDTHS[1]:
         raise UserError(f"A picture is {WIDTHS[0]} to {WIDTHS[1]} pixels wide, not {width}.")
-    if path.suffix.lower() != ".png":
-        raise UserError(f"The picture is a PNG: {out} should end in .png.")
-    if path.is_dir():
-        raise UserError(f"{out} cannot be written: it is a folder.")
-    if any(path.exists() and Path(image).exists() and path.samefile(image) for image in images):
-        raise UserError(f"{out} is one of the images; choose another place for the picture.")
-    probe = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        probe.touch()
-        probe.unlink()
+    check_place(path, images)
     pictures = [Picture(Path(image).name, as_pixels(image)) for image in images]
     for image, (_, pixels) in zip(images, pictures, strict=True):
         try:

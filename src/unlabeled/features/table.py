@@ -181,7 +181,7 @@ class FeatureTable:
             file = shard.with_suffix(".npy")
             try:
                 part = np.load(file, mmap_mode="r")
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{file} cannot be read: {error}") from error
             if part.ndim != 2 or part.shape[1] != self.dimension or (len(part) != count and not self.is_grid):
                 raise UserError(f"{file} has the shape {part.shape}, not ({count}, {self.dimension}).")
@@ -269,17 +269,19 @@ def read_checked(opened: dict[str, Source], row: dict[str, Any]) -> bytes:
     opened: sources by DATA, which is added to.
     Raises UserError where the source is gone, or has another image there by now.
     """
-    data = row["data"]
-    if data not in opened:
-        opened[data] = open_source(data)
+    data, key = row["data"], row["key"]
     try:
-        encoded = opened[data].read(row["index"]).data
+        file = Path(data) / key
+        if file.is_file():  # of a folder, where an image's number changes with what else is there
+            encoded: bytes = file.read_bytes()
+        else:
+            if data not in opened:
+                opened[data] = open_source(data)
+            encoded = opened[data].read(row["index"]).data
     except (OSError, IndexError) as error:
-        raise UserError(f"{row['key']} of {row['source']} cannot be read: {error}") from error
+        raise UserError(f"{key} of {row['source']} cannot be read: {error}") from error
     if content_hash(encoded) != row["content_hash"]:
-        raise UserError(
-            f"{row['key']} of {row['source']} is another image now than when its features were made."
-        )
+        raise UserError(f"{key} of {row['source']} is another image now than when its features were made.")
     return encoded
 
 

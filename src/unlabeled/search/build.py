@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from unlabeled.errors import UserError
-from unlabeled.features.extractor import check_same
+from unlabeled.features.identity import check_same
 from unlabeled.features.table import FeatureTable
 from unlabeled.search.filters import rows_not_in, rows_where
 from unlabeled.search.generation import (
@@ -32,6 +32,8 @@ from unlabeled.search.graph import Graph, grow, measure, read_graph
 from unlabeled.search.scan import unit
 
 EXACT_LIMIT = 100_000  # images, up to which an index is exact unless asked otherwise
+LEAST_APPROXIMATE = 100  # images: fewer say nothing about recall
+SAMPLE = 1000  # images that recall is measured with
 COLUMNS = ["key", "source", "label", "width", "height", "content_hash", "data", "index"]
 PART = 8192  # vectors between two reports of progress
 
@@ -48,6 +50,10 @@ def build(table: FeatureTable, path: Path, recall: float, choice: Choice, seen: 
     check_recall(recall)
     if choice not in get_args(Choice):
         raise UserError(f"An index is {', '.join(get_args(Choice))}; not {choice}.")
+    if table.is_grid:
+        raise UserError(
+            f"{table.path} holds grids ({table.identity['kind']}); an index is of vectors: embed --kind cls, say."
+        )
     if not len(table):
         raise UserError(f"{table.path} holds no images, so there is nothing to search.")
     check_free(path)
@@ -127,9 +133,9 @@ def _store(
     changes: dict[str, Any] = {}
     vectors = _shown(vectors, len(rows), seen)
     if manifest.kind == "approximate":
-        graph = grow(graph, vectors, manifest.dimension)
-        changes["graph"] = graph.write(path, number)
-        changes["curve"] = measure(graph)
+        graph, order, curve = _grown(graph, vectors, len(rows), manifest)
+        rows = rows.take(pa.array(order))
+        changes["graph"], changes["curve"] = graph.write(path, number), curve
     else:
         name = write_array(path, "vectors", number, np.concatenate(list(vectors)))
         changes["vectors"] = [*manifest.vectors, name]
@@ -139,8 +145,40 @@ def _store(
     return publish(path, replace(manifest, **changes))
 
 
+def _grown(
+    graph: Graph | None, vectors: Vectors, count: int, manifest: Manifest
+) -> tuple[Graph, NDArray[np.int64], list[dict[str, float]]]:
+    """Put vectors into a graph; return it, the order in which they went in, and its recall.
+
+    Some are held back until they have measured it. A few more in a graph that is there leave its recall as it was.
+    """
+    size = 0 if graph and count < 10 * SAMPLE else min(SAMPLE, count // 10)
+    held_back = np.zeros(count, bool)
+    held_back[np.random.default_rng(manifest.generation).choice(count, size, replace=False)] = True
+    queries: list[NDArray[np.float32]] = []
+
+    def others() -> Vectors:
+        start = 0
+        for part in vectors:
+            held = held_back[start : start + len(part)]
+            start += len(part)
+            queries.append(part[held])
+            yield part[~held]
+
+    graph = grow(graph, others(), manifest.dimension)
+    curve = manifest.curve
+    if size:
+        curve = measure(graph, np.concatenate(queries))
+        graph = grow(graph, queries, manifest.dimension)
+    return graph, np.argsort(held_back, kind="stable"), curve
+
+
 def kind_of(choice: Choice, count: int) -> Kind:
-    """Return what an index of so many images is."""
+    """Return what an index of so many images is. Raises UserError for too few to be approximate."""
+    if choice == "approximate" and count < LEAST_APPROXIMATE:
+        raise UserError(
+            f"An approximate index has {LEAST_APPROXIMATE} images or more, not {count}; make it exact."
+        )
     if choice != "auto":
         return choice
     return "exact" if count <= EXACT_LIMIT else "approximate"

@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from unlabeled.atomic import replacing
 from unlabeled.errors import UserError, writing
 from unlabeled.features.table import ShardedRows
 from unlabeled.search.filters import rows_where
 from unlabeled.search.graph import Graph, read_graph
-from unlabeled.weights.files import replacing
 
 Kind = Literal["exact", "approximate"]
 Choice = Literal["auto", "exact", "approximate"]
@@ -225,7 +225,7 @@ def _read_array(file: Path) -> NDArray[Any]:
         held: NDArray[Any] = np.load(file, mmap_mode="r")
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file} is damaged: {error}; build the index again.") from error
     return held
 

@@ -14,14 +14,14 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from unlabeled.atomic import replacing
 from unlabeled.errors import UserError, writing
 from unlabeled.search.scan import Nearest, scan
-from unlabeled.weights.files import replacing
 
-LINKS = 16  # of a vector in the graph; twice as many in its lowest layer
-BUILD_EFFORT = 80  # candidates that are looked at for a new vector's links
+LINKS = 32  # of a vector in the graph; twice as many in its lowest layer
+BUILD_EFFORT = 160  # candidates that are looked at for a new vector's links
 EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-SAMPLE, SAMPLE_K = 1000, 10  # queries and neighbours that recall is measured with
+MEASURED_K = 10  # neighbours whose recall is measured
 MORE = 1.5  # effort for each neighbour beyond those
 PERFECT = 0.999  # from this recall on no more efforts are measured
 
@@ -100,19 +100,16 @@ def read_graph(path: Path, *, mapped: bool = True) -> Graph:
         raise UserError(f"{path} is damaged; build the index again from its table.") from error
 
 
-def measure(graph: Graph, seed: int = 0) -> list[dict[str, float]]:
-    """Return the recall@10 at each effort: {"effort", "recall"}, on up to 1000 of the graph's own vectors.
+def measure(graph: Graph, queries_BD: NDArray[np.float32]) -> list[dict[str, float]]:
+    """Return the recall@10 at each effort, {"effort", "recall"}: of the 10 nearest by exact search, the share found.
 
-    A query's own row does not count: of its 10 nearest others by exact search, how many are found.
+    queries: of length 1, not among the graph's vectors: those find their own neighbours more easily.
     """
-    generator = np.random.default_rng(seed)
-    sample = np.sort(generator.choice(len(graph), min(SAMPLE, len(graph)), replace=False))
-    queries = graph.vectors[sample].astype(np.float32)
-    k = min(SAMPLE_K, len(graph) - 1)
-    truth = _others(scan(queries, graph.vectors, k + 1).rows, sample, k)
+    k = min(MEASURED_K, len(graph))
+    truth = scan(queries_BD, graph.vectors, k).rows
     curve = []
     for effort in EFFORTS:
-        found = _others(graph.nearest(queries, k + 1, effort).rows, sample, k)
+        found = graph.nearest(queries_BD, k, effort).rows
         hits = (found[:, :, None] == truth[:, None, :]).any(2)
         curve.append({"effort": effort, "recall": round(float(hits.mean()), 4)})
         if curve[-1]["recall"] >= PERFECT:
@@ -127,14 +124,6 @@ def effort_for(curve: list[dict[str, float]], recall: float, k: int) -> int:
     """
     for point in curve:
         if point["recall"] >= recall:
-            return int(point["effort"]) + math.ceil(MORE * max(0, k - SAMPLE_K))
+            return int(point["effort"]) + math.ceil(MORE * max(0, k - MEASURED_K))
     best = max(point["recall"] for point in curve)
     raise UserError(f"This index reaches a recall of {best:.3f}, not {recall:g}; ask for {best:.3f} or less.")
-
-
-def _others(rows: NDArray[np.int64], own: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """Drop each query's own row, or the last where it was not found: (B, k + 1) to (B, k)."""
-    is_own = rows == own[:, None]
-    is_own[~is_own.any(1), -1] = True
-    others: NDArray[np.int64] = rows[~is_own].reshape(len(rows), k)
-    return others
