@@ -67,7 +67,7 @@ def test_depth_against_the_formulas(side: int, seed: int) -> None:
     n = len(pairs)
     expected = {
         "rmse": math.sqrt(sum((p - d) ** 2 for p, d in pairs) / n),
-        "absrel": sum(abs(p - d) / d for p, d in pairs) / n,
+        "abs_rel": sum(abs(p - d) / d for p, d in pairs) / n,
         "log10": sum(abs(math.log10(p) - math.log10(d)) for p, d in pairs) / n,
         **{f"delta{i}": sum(max(p / d, d / p) < 1.25**i for p, d in pairs) / n for i in (1, 2, 3)},
     }

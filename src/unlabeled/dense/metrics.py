@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-DEPTH_METRICS = ("rmse", "absrel", "log10", "delta1", "delta2", "delta3")
+DEPTH_METRICS = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
 Crop = Literal["", "eigen", "garg"]
 Align = Literal["", "median", "least squares"]
 
