@@ -67,7 +67,7 @@ class DepthHead(nn.Module):
 
     kind: linear: one layer, 256 uniform bins; linear4: four layers; dpt: four layers, see `dpt.DPT`; regression: the
         last layer, two convolutions and a sigmoid between min_depth and max_depth.
-    min_depth, max_depth: metres; of the bins, and what a prediction is clamped to.
+    min_depth, max_depth: metres; of the bins; in evaluation mode depth is clamped to them.
     norm: whether it reads tokens after the backbone's last norm; Meta's released heads read them before it.
     channels: of dpt.
     """
@@ -109,7 +109,9 @@ class DepthHead(nn.Module):
 
     def forward(self, layers: list[Tokens]) -> Tensor:
         """Return depth (B, 1, h', w') in metres: 4 (linear), 16 (dpt) or 1 (regression) values along a patch."""
-        return cast(Tensor, self.decoder(layers))
+        depth_B1hw: Tensor = self.decoder(layers)
+        # A clamped value has no gradient.
+        return depth_B1hw if self.training else depth_B1hw.clamp(self.min_depth, self.max_depth)
 
 
 class DepthBins(nn.Module):

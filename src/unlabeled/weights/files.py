@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlabeled.atomic import replacing as replacing
 from unlabeled.errors import UserError
@@ -92,7 +92,16 @@ def fill(
         )
     with torch.device("meta"):
         model = VisionTransformer(config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_keys(model, state, source, "a DINOv2 backbone")
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    model.notes = tuple(notes)
+    return model.eval()
+
+
+def check_keys(module: nn.Module, state: Mapping[str, Tensor], source: str, what: str) -> None:
+    """Raise UserError, in one line, naming missing, unexpected and wrongly shaped keys of `source`."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     faults = [
         _few("missing", [name for name in expected if name not in state]),
         _few("unexpected", [name for name in state if name not in expected]),
@@ -106,11 +115,7 @@ def fill(
         ),
     ]
     if any(faults):
-        raise UserError(f"{source} does not fit a DINOv2 backbone: {'; '.join(filter(None, faults))}.")
-    model.to_empty(device="cpu")
-    model.load_state_dict(state)
-    model.notes = tuple(notes)
-    return model.eval()
+        raise UserError(f"{source} does not fit {what}: {'; '.join(filter(None, faults))}.")
 
 
 def _few(what: str, names: list[str]) -> str:
