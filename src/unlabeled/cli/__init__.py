@@ -10,7 +10,14 @@ import typer
 from unlabeled.cli.options import app
 from unlabeled.errors import UserError
 
-for group in ("training", "models", "features", "search", "show"):  # in the order in which --help lists them
+for group in (
+    "training",
+    "models",
+    "features",
+    "search",
+    "show",
+    "scenes",
+):  # in the order in which --help lists them
     import_module(f"unlabeled.cli.{group}")
 
 
