@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from unlabeled.features.similar import similar as similar
     from unlabeled.features.table import FeatureTable as FeatureTable
     from unlabeled.features.table import open_table as open_table
+    from unlabeled.finetune.predict import predict as predict
+    from unlabeled.finetune.saved import TrainedHead as TrainedHead
+    from unlabeled.finetune.saved import load_head as load_head
+    from unlabeled.finetune.tune import finetune as finetune
     from unlabeled.pretrain.loop import Run as Run
     from unlabeled.pretrain.loop import distill as distill
     from unlabeled.pretrain.loop import pretrain as pretrain
@@ -39,6 +43,9 @@ _PLACES = {
     "match": "unlabeled.features.match",
     "patch_pca": "unlabeled.features.pca",
     "similar": "unlabeled.features.similar",
+    "predict": "unlabeled.finetune.predict",
+    "TrainedHead": "unlabeled.finetune.saved",
+    "load_head": "unlabeled.finetune.saved",
     "Index": "unlabeled.search.index",
     "build_index": "unlabeled.search.index",
     "open_index": "unlabeled.search.index",
@@ -48,8 +55,8 @@ _PLACES = {
     "VisionTransformer": "unlabeled.vit",
     "load_model": "unlabeled.weights.load",
 }
-_PACKAGES = ("evaluate", "pretrain")
-__all__ = ["__version__", "evaluate", "pretrain", *_PLACES]
+_PACKAGES = ("evaluate", "finetune", "pretrain")
+__all__ = ["__version__", "evaluate", "finetune", "pretrain", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:

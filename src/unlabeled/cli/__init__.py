@@ -12,6 +12,7 @@ from unlabeled.errors import UserError
 
 for group in (
     "training",
+    "finetune",
     "models",
     "features",
     "search",

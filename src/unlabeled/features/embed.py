@@ -24,7 +24,7 @@ from unlabeled.features.preprocessing import Shape
 from unlabeled.features.table import FORMAT, GRID_SCHEMA, SCHEMA, FeatureTable, content_hash, read_header
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
-from unlabeled.images.sources import Source, open_source
+from unlabeled.images.sources import Source, lasting, open_source
 from unlabeled.progress import Progress
 from unlabeled.weights.files import replacing
 
@@ -84,13 +84,13 @@ def embed(
     """
     folder, source = Path(out).expanduser(), open_source(data)
     extractor = Extractor(
-        model, kind, layer=layer, size=size, shape=shape, fast=fast, calibrate=_lasting(data), device=device,
+        model, kind, layer=layer, size=size, shape=shape, fast=fast, calibrate=lasting(data), device=device,
         batch_size=batch_size,
     )  # fmt: skip
     dtype = dtype or ("float16" if extractor.is_grid else "float32")
     if dtype not in ("float16", "float32"):
         raise UserError(f"A table holds float32 or float16, not {dtype}.")
-    number, shard_images = _joined(folder, extractor, source, _lasting(data), np.dtype(dtype))
+    number, shard_images = _joined(folder, extractor, source, lasting(data), np.dtype(dtype))
     bad = BadFiles(folder / "bad_files.jsonl")
     begun, tried = time.monotonic(), 0
     for count in _write_shards(
@@ -154,12 +154,6 @@ def _dimension(extractor: Extractor) -> int:
     if extractor.kind == "attention":
         return int(config.num_heads)
     return int(config.width * (2 if extractor.kind == "cls+mean" else 1))
-
-
-def _lasting(data: str | Path) -> str:
-    """DATA that means the same from every folder."""
-    text = str(data)
-    return text if text.startswith("hf:") else os.path.abspath(Path(text).expanduser())  # noqa: PTH100
 
 
 def _write_shards(

@@ -5,7 +5,6 @@ Shape suffixes: B images, D width, F features read (D times what is read), C cla
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -50,6 +49,14 @@ class ClassifierHead(nn.Module):
         """Return what it reads, float32 (B, F)."""
         return pooled(layers, self.mean_patch).float()
 
+    def logits(self, features_BF: Tensor) -> Tensor:
+        """Return logits (B, C)."""
+        raise NotImplementedError
+
+    def forward(self, layers: list[Tokens]) -> Tensor:
+        """Return logits (B, C)."""
+        return self.logits(self.features(layers))
+
 
 class LinearHead(ClassifierHead):
     """One linear layer on standardised features.
@@ -69,14 +76,14 @@ class LinearHead(ClassifierHead):
         self.register_buffer("mean_F", torch.zeros(self.num_features))
         self.register_buffer("std_F", torch.ones(self.num_features))
 
-    def forward(self, layers: list[Tokens]) -> Tensor:
+    def logits(self, features_BF: Tensor) -> Tensor:
         """Return logits (B, C)."""
-        return cast(Tensor, self.linear((self.features(layers) - self.mean_F) / self.std_F))
+        return cast(Tensor, self.linear((features_BF - self.mean_F) / self.std_F))
 
     @torch.no_grad()
-    def standardise(self, batches: Iterable[list[Tokens]]) -> None:
+    def standardise(self, features_NF: Tensor) -> None:
         """Take the mean and standard deviation of some features."""
-        features = torch.cat([self.features(layers).double().cpu() for layers in batches])
+        features = features_NF.double().cpu()
         std = features.std(0, correction=0)
         self.mean_F.copy_(features.mean(0))
         self.std_F.copy_(torch.where(std > SMALLEST_STD, std, 1.0))
@@ -113,9 +120,9 @@ class KnnHead(ClassifierHead):
         self.register_buffer("features_NF", torch.zeros(num_stored, self.num_features))
         self.register_buffer("labels_N", torch.zeros(num_stored, dtype=torch.int64))
 
-    def forward(self, layers: list[Tokens]) -> Tensor:
+    def logits(self, features_BF: Tensor) -> Tensor:
         """Return the logarithm of each class's share of the votes (B, C); at least -30."""
-        features = functional.normalize(self.features(layers), dim=1)
+        features = functional.normalize(features_BF, dim=1)
         similarity, nearest = (features @ self.features_NF.T).topk(min(self.k, len(self.labels_N)))
         votes = torch.zeros(len(features), self.num_classes, device=features.device)
         votes.scatter_add_(1, self.labels_N[nearest], ((similarity - 1) / self.temperature).exp())

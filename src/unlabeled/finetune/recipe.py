@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from unlabeled.errors import UserError
 
 Backbone = Literal["freeze", "lora", "full"]
+FEWEST_STEPS = 200  # where nothing is said of their number
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def default_recipe(
     recipe = replace(recipe, batch_size=batch_size)
     # Passes over the data: a frozen backbone's cost next to nothing on cached tokens.
     epochs = {("classify", True): 60, ("classify", False): 20}.get((task, frozen), 40 if frozen else 30)
+    fewest = FEWEST_STEPS
     if "epochs" in given:
+        fewest = 1
         epochs = _parsed("epochs", given.pop("epochs"), float)
         _need(epochs > 0, "epochs", epochs, "above 0")
     for name, value in given.items():
@@ -91,7 +94,7 @@ def default_recipe(
     recipe = replace(recipe, batch_size=max(1, min(recipe.batch_size, num_images)))
     if "steps" in given:
         return recipe
-    return replace(recipe, steps=max(1, math.ceil(epochs * num_images / recipe.batch_size)))
+    return replace(recipe, steps=max(fewest, math.ceil(epochs * num_images / recipe.batch_size)))
 
 
 def _field(name: str, value: Any) -> Any:

@@ -187,7 +187,7 @@ class _Training:
         quiet = console or Console(quiet=True)
         tokens, judged = self._cached(examples, validation, folder / "cache", report, console)
         if state is None and isinstance(self.head, LinearHead):
-            self.head.standardise(self._sample(examples, tokens))
+            self.head.standardise(torch.cat([*map(self.head.features, self._sample(examples, tokens))]))
         history: list[dict[str, Any]] = []
         skipped, waited = 0, 0.0
         with ExitStack() as stack:

@@ -80,6 +80,12 @@ def printable(name: str) -> str:
     return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def lasting(data: str | Path) -> str:
+    """DATA that means the same from every folder."""
+    text = str(data)
+    return text if text.startswith("hf:") else os.path.abspath(Path(text).expanduser())  # noqa: PTH100
+
+
 def open_source(data: str | Path) -> Source:
     """Open DATA.
 

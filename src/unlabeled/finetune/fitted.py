@@ -1,0 +1,156 @@
+"""Classifiers that are computed from features at once: k-NN and logistic regression.
+
+Shape suffixes: N images, F features, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unlabeled.devices import choose_device
+from unlabeled.errors import UserError
+from unlabeled.finetune.backbone import reader
+from unlabeled.finetune.batches import Report, all_batches
+from unlabeled.finetune.examples import ClassExamples, Examples
+from unlabeled.finetune.heads import ClassifierHead, KnnHead, LinearHead
+from unlabeled.finetune.recipe import TrainRecipe
+from unlabeled.finetune.train import Trained, Validation
+from unlabeled.progress import Progress
+from unlabeled.vit import VisionTransformer
+
+STRENGTHS = (
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # inverse of the L2 penalty on standardised features, tried on validation
+ABSENT = -30.0  # logit of a class without images
+NEIGHBOURS = (1, 5, 10, 20, 50)  # tried on validation
+
+
+def fit_knn(
+    model: VisionTransformer,
+    head: nn.Module,
+    examples: ClassExamples,
+    validation: Validation | None,
+    recipe: TrainRecipe,
+    device: str,
+    report: Report,
+    console: Console | None,
+) -> tuple[nn.Module, Trained]:
+    """Return a head that holds the features of all examples; k is that of NEIGHBOURS best on validation, or 20."""
+    begun = time.perf_counter()
+    plain = cast(KnnHead, head)
+    features_NF, labels_N = _features(model, plain, examples, device, report, console)
+    unit = functional.normalize(features_NF, dim=1)
+
+    def make(k: int) -> KnnHead:
+        made = KnnHead(**plain.arguments | {"num_stored": len(labels_N), "k": min(k, len(labels_N))})
+        made.features_NF.copy_(unit)
+        made.labels_N.copy_(labels_N)
+        return made
+
+    if validation is None:
+        return make(20), Trained([], seconds=time.perf_counter() - begun)
+    judged = _features(model, plain, validation.examples, device, report, console)
+    tried = [(k, _judged(make(k), judged, validation)) for k in NEIGHBOURS if k <= len(labels_N)]
+    k, figures = max(tried, key=lambda one: one[1][validation.by])
+    return make(k), Trained([], figures, seconds=time.perf_counter() - begun)
+
+
+def fit_logreg(
+    model: VisionTransformer,
+    head: nn.Module,
+    examples: ClassExamples,
+    validation: Validation | None,
+    recipe: TrainRecipe,
+    device: str,
+    report: Report,
+    console: Console | None,
+) -> tuple[nn.Module, Trained]:
+    """Return scikit-learn's logistic regression on standardised features as a linear head.
+
+    The strength of its L2 penalty is that of STRENGTHS best on validation, or 0.01.
+    Raises UserError where images of fewer than two classes can be read.
+    """
+    begun = time.perf_counter()
+    plain = cast(LinearHead, head)
+    features_NF, labels_N = _features(model, plain, examples, device, report, console)
+    if len(labels_N.unique()) < 2:
+        raise UserError("Images of one class only can be read; logistic regression needs two.")
+    plain.standardise(features_NF)
+    standard = ((features_NF - plain.mean_F) / plain.std_F).numpy()
+    judged = _features(model, plain, validation.examples, device, report, console) if validation else None
+    best: tuple[LinearHead, dict[str, float]] | None = None
+    for strength in STRENGTHS if validation else (0.01,):
+        made = _logreg(plain, standard, labels_N.numpy(), strength, recipe.seed)
+        figures = _judged(made, judged, validation) if validation and judged else {}
+        if best is None or (validation and figures[validation.by] > best[1][validation.by]):
+            best = made, figures
+    assert best is not None
+    return best[0], Trained([], best[1], seconds=time.perf_counter() - begun)
+
+
+@torch.no_grad()
+def _features(
+    model: VisionTransformer,
+    head: ClassifierHead,
+    examples: Examples,
+    device: str,
+    report: Report,
+    console: Console | None,
+) -> tuple[Tensor, Tensor]:
+    """Return float32 features (N, F) and labels (N,) of all examples that can be read, on the CPU."""
+    where = choose_device(device)
+    model.to(where).eval()
+    tokens_of = reader(model, head, where)
+    features, labels = [], []
+    with Progress(console or Console(quiet=True), "features", "image", 0, len(examples)) as progress:
+        for group in all_batches(examples, 32 if where.type == "cpu" else 128, report):
+            features.append(head.features(tokens_of(cast(Tensor, group.inputs))).cpu())
+            labels.append(group.targets)
+            progress.update(sum(map(len, labels)), "")
+    if not labels:
+        raise UserError("No image can be read; bad_files.jsonl names them.")
+    found = torch.cat(features)
+    if not bool(torch.isfinite(found).all()):
+        raise UserError("The model computes infinities or NaN; are its weights whole?")
+    return found, torch.cat(labels)
+
+
+def _judged(head: ClassifierHead, judged: tuple[Tensor, Tensor], validation: Validation) -> dict[str, float]:
+    with torch.no_grad():
+        return validation.score([(head.logits(judged[0]), judged[1])])
+
+
+@torch.no_grad()
+def _logreg(
+    plain: LinearHead,
+    standard_NF: NDArray[np.float32],
+    labels_N: NDArray[np.int64],
+    strength: float,
+    seed: int,
+) -> LinearHead:
+    from sklearn.linear_model import LogisticRegression
+
+    fitted = LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(standard_NF, labels_N)
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(fitted.classes_) == 2:  # one row, of the second class: half of it each way is the same softmax
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    made = LinearHead(**plain.arguments)
+    made.mean_F.copy_(plain.mean_F)
+    made.std_F.copy_(plain.std_F)
+    made.linear.weight.zero_()
+    made.linear.bias.fill_(ABSENT)
+    made.linear.weight[fitted.classes_] = torch.from_numpy(weight).float()
+    made.linear.bias[fitted.classes_] = torch.from_numpy(bias).float()
+    return made
