@@ -18,6 +18,7 @@ for group in (
     "search",
     "show",
     "scenes",
+    "evaluate",
 ):  # in the order in which --help lists them
     import_module(f"unlabeled.cli.{group}")
 

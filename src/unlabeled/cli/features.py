@@ -15,7 +15,7 @@ def embed(
     model: ModelOption,
     out: Annotated[str, typer.Option(help="The feature table's folder; one that is there is gone on with.")],
     kind: Annotated[
-        str, typer.Option(help="cls, mean (of the patches), cls+mean, patches or attention.")
+        str, typer.Option(help="cls, mean (of the patches), cls+mean, layers, patches or attention.")
     ] = "cls",
     layer: Annotated[int, typer.Option(help="The block that is taken; 0 is the first, -1 the last.")] = -1,
     size: Annotated[

@@ -35,6 +35,13 @@ def root(means_R: Floats) -> Floats:
     return roots
 
 
+def ratio(means_R2: Floats) -> Floats:
+    """The sum of the first column over that of the second (R, 2): a mean over the items that count."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios: Floats = means_R2[:, 0] / means_R2[:, 1]
+    return ratios
+
+
 def over_draws(means_RS: Floats) -> Floats:
     """The mean over items and over draws of a training set (R, S); replicates resample the draws as well."""
     shape = means_RS.shape
@@ -69,7 +76,7 @@ def pixel_accuracy(confusion_RCC: Floats) -> Floats:
 
 
 STATISTICS: dict[str, Statistic] = {
-    function.__name__: function for function in (mean, root, over_draws, miou, pixel_accuracy)
+    function.__name__: function for function in (mean, root, ratio, over_draws, miou, pixel_accuracy)
 }
 
 
@@ -160,7 +167,7 @@ def _weights(num_items: int, count: int, seed: int) -> Iterator[Floats]:
 
 
 def _middle(values_R: Floats, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values_R, ((1 - level) / 2, (1 + level) / 2))
+    low, high = np.nanquantile(values_R, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 

@@ -18,11 +18,19 @@ class Figure(NamedTuple):
     """What a metric is computed from.
 
     values_M: one entry a test item, (M,) or (M, ...): 0 or 1 where it is right, a confusion matrix of its pixels, ...
-    statistic: which function of their mean the metric is: mean, root, over_draws, miou, pixel_accuracy.
+    statistic: which function of their mean the metric is: mean, root, ratio, over_draws, miou, pixel_accuracy.
     """
 
     values_M: NDArray[Any]
     statistic: str = "mean"
+
+
+class Picture(NamedTuple):
+    """An example for the report."""
+
+    title: str
+    image: bytes  # JPEG or PNG
+    is_hit: bool | None = None  # right, wrong, or neither
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Result:
         keys: names of the test items, in the order of the figures' values.
         figures: what metrics with intervals are computed from, by name.
         predictions: of each test item as text (a class name), where the task has such; truths likewise.
+        pictures: examples.
     """
 
     task: str
@@ -55,6 +64,7 @@ class Result:
     figures: dict[str, Figure] = field(default_factory=dict, repr=False)
     predictions: list[str] = field(default_factory=list, repr=False)
     truths: list[str] = field(default_factory=list, repr=False)
+    pictures: list[Picture] = field(default_factory=list, repr=False)
 
     @property
     def main(self) -> str:
@@ -78,9 +88,9 @@ class Result:
         Raises:
             UserError: the task has no such thing.
         """
-        for name in ("accuracy", "pixel_accuracy"):
-            if name in self.metrics:
-                return self.metrics[name]
+        for name, value in self.metrics.items():
+            if name.startswith(("accuracy", "pixel_accuracy")):
+                return value
         raise UserError(f"{self.task} has no accuracy; it has {', '.join(self.metrics)}.")
 
 
@@ -97,6 +107,7 @@ def result_of(
     notes: Iterable[str] = (),
     predictions: Sequence[str] = (),
     truths: Sequence[str] = (),
+    pictures: Iterable[Picture] = (),
     seed: int = 0,
 ) -> Result:
     """Compute metrics and their intervals from what each test item gave.
@@ -108,7 +119,7 @@ def result_of(
     intervals = {name: bootstrap.interval(*one, seed=seed) for name, one in figures.items()}
     return Result(
         task, model, {**values, **(metrics or {})}, intervals, dict(settings), dict(counts), list(bad_files),
-        tuple(notes), list(keys), dict(figures), list(predictions), list(truths),
+        tuple(notes), list(keys), dict(figures), list(predictions), list(truths), list(pictures),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from unlabeled.ahead import ahead
 from unlabeled.errors import UserError, writing
+from unlabeled.features.engines import num_probed
 from unlabeled.features.extractor import Extractor, Kind
 from unlabeled.features.identity import check_same
 from unlabeled.features.preprocessing import Shape
@@ -153,6 +154,8 @@ def _dimension(extractor: Extractor) -> int:
     config = extractor.model.config
     if extractor.kind == "attention":
         return int(config.num_heads)
+    if extractor.kind == "layers":
+        return int(config.width * (1 + num_probed(extractor.model)))
     return int(config.width * (2 if extractor.kind == "cls+mean" else 1))
 
 

@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from unlabeled.errors import writing
 from unlabeled.features.packed import PackedBackbone, can_pack
-from unlabeled.vit import Tokens, VisionTransformer
+from unlabeled.vit import Block, Tokens, VisionTransformer
+from unlabeled.weights.graph import run_block
 
 Engine = Callable[[Tensor], Tokens]  # normalised float32 images (B, 3, h, w) on the engine's device -> tokens
 
@@ -24,6 +26,38 @@ def exact_engine(model: VisionTransformer, layer: int, device: torch.device) -> 
         return PackedBackbone(model, layer)
     last = layer % len(model.blocks)
     return lambda images: model.intermediate_layers(images, [last])[0]
+
+
+def layers_engine(model: VisionTransformer, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what a linear probe chooses from, in one pass: CLS of the last blocks, mean patch of the last one.
+
+    All after the last norm, side by side, (B, (blocks + 1) * D), see `num_probed`.
+    """
+    blocks = num_probed(model)
+    if not (device.type == "cpu" and can_pack()):
+
+        def plain(images: Tensor) -> Tensor:
+            tokens = model.intermediate_layers(images, blocks)
+            return torch.cat([*(one.cls for one in tokens), tokens[-1].patches.mean(1)], 1)
+
+        return plain
+    graph = PackedBackbone(model).graph
+
+    def packed(images: Tensor) -> Tensor:
+        x_BTD, parts = graph.embed(images), []
+        for number, block in enumerate(graph.vit.blocks, 1):
+            x_BTD = run_block(cast(Block, block), x_BTD)
+            if number > len(graph.vit.blocks) - blocks:
+                parts.append(graph.vit.norm(x_BTD[:, 0]))
+        patches = graph.vit.norm(x_BTD[:, 1 + graph.config.num_registers :])
+        return torch.cat([*parts, patches.mean(1)], 1)
+
+    return packed
+
+
+def num_probed(model: VisionTransformer) -> int:
+    """Blocks whose CLS tokens a linear probe sees: the last four, or all of fewer."""
+    return min(4, len(model.blocks))
 
 
 def bf16_engine(model: VisionTransformer, layer: int, device: torch.device) -> Engine:

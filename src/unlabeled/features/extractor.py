@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from unlabeled.devices import choose_device
 from unlabeled.errors import UserError
-from unlabeled.features.engines import bf16_engine, exact_engine, int8_engine, weights_hash
+from unlabeled.features.engines import bf16_engine, exact_engine, int8_engine, layers_engine, weights_hash
 from unlabeled.features.extract import features_of
 from unlabeled.features.fitting import check_layer
 from unlabeled.features.identity import check_same
@@ -26,7 +26,7 @@ from unlabeled.images.transform import normalize
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model
 
-Kind = Literal["cls", "mean", "cls+mean", "patches", "attention"]
+Kind = Literal["cls", "mean", "cls+mean", "layers", "patches", "attention"]
 Features = NDArray[np.float32]
 BATCH_PATCHES = {"cpu": 16 * 256, "cuda": 256 * 256, "mps": 64 * 256}  # of a batch, by device
 
@@ -37,8 +37,8 @@ class Extractor:
     Args:
         model: a MODEL's text, or a backbone.
         kind: cls: the CLS token (D,); mean: the mean patch token (D,); cls+mean: both, side by side (2D,);
-            patches: (h, w, D); attention: what the CLS token attends to, (heads, h, w), softmax weights with
-            CLS and registers left out.
+            layers: CLS of each of the last 4 blocks and the mean patch, (5D,); patches: (h, w, D); attention: what
+            the CLS token attends to, (heads, h, w), softmax weights with CLS and registers left out.
         layer: the block whose tokens are taken, after the last norm; whose attention, for that kind.
         size: in pixels, see `Preprocessing`; None: 224, or what the model was trained at if that is less.
         shape: crop, keep or stretch, see `Preprocessing`.
@@ -89,8 +89,10 @@ class Extractor:
             raise UserError(
                 "8 bits need images to be calibrated on: give DATA like those to come as calibrate."
             )
-        if fast and kind == "attention":
-            raise UserError("Attention is computed in float32 only; leave fast out.")
+        if fast and kind in ("attention", "layers"):
+            raise UserError(f"Features of kind {kind} are computed in float32 only; leave fast out.")
+        if kind == "layers" and self.layer != len(self.model.blocks) - 1:
+            raise UserError("Features of kind layers are of the last blocks; leave layer out.")
         self.identity: dict[str, Any] = {
             "model": {"name": self.model.name, "weights": weights},
             "kind": kind,
@@ -101,6 +103,8 @@ class Extractor:
         if precision == "int8":
             self.identity["calibrated_on"] = calibrate
             self.engine = int8_engine(self.model, layer, str(calibrate), weights)
+        elif kind == "layers":
+            self.layers_engine = layers_engine(self.model.to(self.device), self.device)
         else:
             self.model.to(self.device)
             make = bf16_engine if fast else exact_engine
@@ -207,6 +211,8 @@ class Extractor:
             grid = (images_B3hw.shape[2] // p, images_B3hw.shape[3] // p)
             patches = weights[:, :, 1 + self.model.config.num_registers :].unflatten(2, grid)
             return places, list(_array(patches))
+        if self.kind == "layers":
+            return places, _array(self.layers_engine(images_B3hw))
         tokens = self.engine(images_B3hw)
         if self.kind == "patches":
             return places, list(_array(tokens.patches.unflatten(1, tokens.grid)))

@@ -1,0 +1,301 @@
+"""`evaluate`: the papers' protocols, several models in one table, and the health of a feature table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unlabeled.cli.options import Device, Json, app, console, print_json
+from unlabeled.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from unlabeled.evaluate.report import Report
+
+group = typer.Typer(
+    help="How good are the features: the papers' protocols, several models in one table.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(group, name="evaluate")
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="A MODEL; give it again for each more. None where both sides are feature tables."
+    ),
+]
+Train = Annotated[str, typer.Option(help="DATA with labels, or a feature table; the gallery of retrieval.")]
+Test = Annotated[str, typer.Option(help="The same; the queries of retrieval.")]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REPORT",
+        help="A folder for report.md, .json and .html; what is done there is not done again.",
+    ),
+]
+Cache = Annotated[str | None, typer.Option(help="Where features are kept; REPORT/features by default.")]
+Size = Annotated[
+    int | None, typer.Option(help="Pixels; 224 by default, or what the model was trained at if less.")
+]
+Shape = Annotated[
+    str, typer.Option(help="crop (the centre square), keep (size is the short side) or stretch.")
+]
+Features = Annotated[str, typer.Option(help="cls, or cls+mean for CLS and mean patch side by side.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+@group.command("knn")
+def knn_command(
+    train: Train,
+    test: Test,
+    model: Models = None,
+    k: Annotated[
+        str,
+        typer.Option("--k", "-k", help="Neighbours; of several the one is chosen that is best within train."),
+    ] = "10,20,100,200",
+    temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
+    features: Features = "cls",
+    out: Out = None,
+    cache: Cache = None,
+    size: Size = None,
+    shape: Shape = "crop",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """k-NN: the classes of the nearest training images vote, weighed by similarity."""
+    options = {"k": _numbers("--k", k), "temperature": temperature, "features": features, "seed": seed}
+    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
+    _run("knn", {"knn": options}, model, train, test, out, extraction, as_json)
+
+
+@group.command("linear")
+def linear_command(
+    train: Train,
+    test: Test,
+    model: Models = None,
+    steps: Annotated[int | None, typer.Option(help="Of SGD; 10 passes by default, 500 at least.")] = None,
+    batch: Annotated[int, typer.Option(help="Images of a step.")] = 1024,
+    out: Out = None,
+    cache: Cache = None,
+    size: Size = None,
+    shape: Shape = "crop",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A linear head: learning rates x {1, 4} layers x with and without mean patch, chosen within train."""
+    options = {"steps": steps, "batch": batch, "seed": seed}
+    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
+    _run("linear", {"linear": options}, model, train, test, out, extraction, as_json)
+
+
+@group.command("logreg")
+def logreg_command(
+    train: Train,
+    test: Test,
+    model: Models = None,
+    features: Features = "cls",
+    out: Out = None,
+    cache: Cache = None,
+    size: Size = None,
+    shape: Shape = "crop",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Logistic regression, its C chosen within train."""
+    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
+    _run(
+        "logreg",
+        {"logreg": {"features": features, "seed": seed}},
+        model,
+        train,
+        test,
+        out,
+        extraction,
+        as_json,
+    )
+
+
+@group.command("fewshot")
+def fewshot_command(
+    train: Train,
+    test: Test,
+    model: Models = None,
+    shots: Annotated[str, typer.Option(help="Training images a class.")] = "1,5,10",
+    draws: Annotated[int, typer.Option(help="Of the training images; the accuracy is the mean.")] = 10,
+    features: Features = "cls",
+    out: Out = None,
+    cache: Cache = None,
+    size: Size = None,
+    shape: Shape = "crop",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Logistic regression on a few training images a class, drawn several times."""
+    options = {"shots": _numbers("--shots", shots), "draws": draws, "features": features, "seed": seed}
+    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
+    _run("fewshot", {"fewshot": options}, model, train, test, out, extraction, as_json)
+
+
+@group.command("retrieval")
+def retrieval_command(
+    train: Train,
+    test: Test,
+    model: Models = None,
+    ground_truth: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What each query should find, as in revisited Oxford and Paris."),
+    ] = None,
+    features: Features = "cls",
+    out: Out = None,
+    cache: Cache = None,
+    size: Size = None,
+    shape: Shape = "crop",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """mAP and recall of finding images of the same label, or those of a ground truth (easy, medium, hard)."""
+    options = {"ground_truth": ground_truth, "features": features, "seed": seed}
+    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
+    _run("retrieval", {"retrieval": options}, model, train, test, out, extraction, as_json)
+
+
+@group.command("all")
+def all_command(
+    train: Train,
+    test: Test,
+    model: Models = None,
+    out: Out = None,
+    cache: Cache = None,
+    size: Size = None,
+    shape: Shape = "crop",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Every protocol that the data allow."""
+    from unlabeled.evaluate.report import CLASSIFICATION
+
+    options: dict[str, dict[str, Any]] = {task: {"seed": seed} for task in CLASSIFICATION}
+    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
+    _run("all", options, model, train, test, out, extraction, as_json)
+
+
+@group.command("health")
+def health_command(
+    table: Annotated[
+        str, typer.Argument(help="A feature table, that `embed` wrote: of vectors or of patches.")
+    ],
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What features say of their model without labels: rank, spread, dead dimensions, outlier patches."""
+    from rich.table import Table
+
+    from unlabeled.evaluate.health import health
+
+    terminal, found = console(as_json), health(table, seed=seed)
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    shown.add_column("figure")
+    shown.add_column("value", justify="right")
+    shown.add_column("what it says", overflow="fold")
+    for name, value in found.figures.items():
+        shown.add_row(name, f"{value:.4g}", found.meanings[name])
+    terminal.print(shown)
+    counted = ", ".join(f"{count:,} {name}" for name, count in found.counts.items())
+    _say(terminal, f"{found.table}: of {counted}")
+    if as_json:
+        print_json(
+            {**found.figures, "meanings": found.meanings, "counts": found.counts, "table": found.table}
+        )
+
+
+def _run(
+    task: str,
+    options: dict[str, dict[str, Any]],
+    models: list[str] | None,
+    train: str,
+    test: str,
+    out: str | None,
+    extraction: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Run one protocol, or all, and print, write and say what was found."""
+    from unlabeled.evaluate.page import cell, write_report
+    from unlabeled.evaluate.report import run
+    from unlabeled.evaluate.result import Result
+
+    terminal = console(as_json)
+
+    def seen(result: Result, seconds: float) -> None:
+        value, between = cell(result, result.main)
+        took = f"{seconds:.0f} s" if seconds else f"kept in {out}"
+        _say(terminal, f"{result.task} {result.main} of {result.model}: {value} ({between}), {took}")
+
+    report = run(
+        [task], models or [], train, test, out=out, options=options, seen=seen, console=terminal, **extraction
+    )
+    _print(terminal, report)
+    if out:
+        write_report(out, report, f"{task} of {train} on {test}")
+        _say(terminal, f"report: {out}/report.html, report.md, report.json")
+    if as_json:
+        print_json({**report.as_json(), "report": out})
+
+
+def _print(terminal: Console, report: Report) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from unlabeled.evaluate.page import best, cell, rows_of, said, short_names
+    from unlabeled.evaluate.result import column
+
+    names = short_names([one.model for one in report.results])
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in names.values():
+        table.add_column(Text(name), justify="right")
+    for task, results in report.tasks.items():
+        by_model = {one.model: one for one in results}
+        for name in rows_of(results):
+            cells = []
+            for model in names:
+                one = by_model.get(model)
+                if one is None or name not in one.metrics:
+                    cells.append(Text(""))
+                    continue
+                value, between = cell(one, name)
+                is_best = len(results) > 1 and one.metrics[name] == best(results, name)
+                cells.append(
+                    Text.assemble(
+                        (value, "bold" if is_best else ""), (f" ({between})" if between else "", "dim")
+                    )
+                )
+            table.add_row(column(task, name), *cells)
+    terminal.print(table)
+    for comparison in report.comparisons:
+        _say(terminal, said(comparison, names))
+    for note in dict.fromkeys(note for one in report.results for note in one.notes):
+        _say(terminal, f"note: {note}")
+    for task, model, reason in report.skipped:
+        _say(terminal, f"{task} was left out for {model}: {reason}")
+    if bad := max(one.counts.get("bad_files", 0) for one in report.results):
+        _say(terminal, f"{bad} files could not be read; the report names them")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} {text} is no list of whole numbers; 5 and 1,5,10 are.") from error
+
+
+def _say(terminal: Console, text: str) -> None:
+    terminal.print(text, highlight=False, markup=False, soft_wrap=True)
