@@ -51,7 +51,7 @@ def test_k_is_chosen_within_train(sides: tuple) -> None:
     accuracies = result.settings["held_out_accuracy"]
     assert str(result.settings["k"]) == max(accuracies, key=accuracies.get)
     assert result.accuracy == result.metrics[f"accuracy_{result.settings['k']}"]
-    assert "k = 500 left out: train has 150 labelled images" in result.notes
+    assert "k = 500 left out: train has 150 labelled images; k = 1, 10, 149 used" in result.notes
     with pytest.raises(UserError, match="k = 500 needs as many labelled images; there are 150"):
         unlabeled.evaluate.knn(train=train, test=test, k=500)
 
@@ -251,9 +251,10 @@ def test_from_images(tile_folder: Path, tmp_path: Path) -> None:
     result = unlabeled.evaluate.linear(model, **options, steps=20)
     assert result.bad_files == [("left/bad.png", "not an image, or of a kind that is not supported")]
     assert result.counts["train"] == result.counts["test"] == 24
-    assert len(result.pictures) == len(
-        {one.title for one in result.pictures} | set(map(id, result.pictures))
-    ) - len({one.title for one in result.pictures})
+    right = sum(said == truth for said, truth in zip(result.predictions, result.truths, strict=True))
+    assert sum(one.is_hit is True for one in result.pictures) == min(8, right)
+    assert sum(one.is_hit is False for one in result.pictures) == min(8, 24 - right)
+    assert result.accuracy == pytest.approx(right / 24)
     tables = sorted((tmp_path / "cache").iterdir())
     before = [path.stat().st_mtime_ns for table in tables for path in sorted(table.iterdir())]
     assert unlabeled.evaluate.linear(model, **options, steps=20).metrics == result.metrics

@@ -8,7 +8,8 @@ Revisitop's, numbers being places in imlist:
     {"imlist": [NAME, ...], "qimlist": [NAME, ...],
      "gnd": [{"bbx": [left, top, right, bottom], "easy": [NUMBER, ...], "hard": [...], "junk": [...]}]}
 
-A box is optional, in pixels. A name is an image's key in its DATA, or the end of one, with or without the file's ending.
+A box is optional, in pixels. A name is an image's key in its DATA, or the end of one, with the file's ending
+or without.
 """
 
 from __future__ import annotations

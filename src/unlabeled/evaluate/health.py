@@ -215,7 +215,7 @@ def _meaning(name: str, value: float, width: int, num_images: int) -> str:
     if name == "lidar":
         return f"classes are separated along {value:.1f} independent directions; more tell more classes apart linearly"
     if name == "alignment":
-        return "squared distance of images of one class: 0 is the same point, 2 unrelated; lower is better, all else equal"
+        return "squared distance of images of one class: 0 is one point, 2 unrelated; lower is better, all else equal"
     if name == "patch_norm_outliers":
         said = "the artefact that registers remove" if value > 0.005 else "no artefact to speak of"
         return f"{value:.2%} of the patches have a norm far above the others': {said}"

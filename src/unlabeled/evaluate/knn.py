@@ -63,12 +63,15 @@ def knn(
         raise UserError(f"k-NN needs one neighbour at least, not k = {ks[0] if ks else ''}.")
     task = labelled(model, train, test, kind="cls+mean" if "mean" in features else "cls", **extraction)
     notes = list(task.notes)
-    if too_many := [one for one in ks if one > len(task.train)]:
-        _check_k(ks[0], len(task.train))
+    num_train = len(task.train)
+    if isinstance(k, int):
+        _check_k(k, num_train)
+    if too_many := [one for one in ks if one > num_train]:
+        ks = [one for one in ks if one <= num_train] or [num_train]
         notes.append(
-            f"k = {', '.join(map(str, too_many))} left out: train has {len(task.train)} labelled images"
+            f"k = {', '.join(map(str, too_many))} left out: train has {num_train} labelled images; k = "
+            f"{', '.join(map(str, ks))} used"
         )
-        ks = [one for one in ks if one not in too_many]
     device = choose_device(extraction.get("device", "auto"))
     train_vectors, labels = task.vectors(task.train, features), task.train.labels_N
     found = nearest(train_vectors, task.vectors(task.test, features), ks[-1], device)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -33,6 +35,14 @@ if TYPE_CHECKING:
 
 Model = str | Path | VisionTransformer
 Data = str | Path | FeatureTable
+
+
+class Temporary:
+    """A folder that is there as long as this object is."""
+
+    def __init__(self) -> None:
+        self.path = Path(mkdtemp(prefix="unlabeled-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class Extraction(TypedDict, total=False):
@@ -122,14 +132,10 @@ class Labelled:
     counts: dict[str, int]
     bad_files: list[tuple[str, str]]
     notes: tuple[str, ...]
-    held: Any = field(default=None, repr=False)  # a temporary folder, which lives as long as this
+    held: Temporary | None = field(default=None, repr=False)
 
     def vectors(self, side: Side, view: str = "cls") -> Vectors:
-        """A side's features; where the table has no such view, its only one.
-
-        Raises:
-            UserError: the table has several others.
-        """
+        """A side's features. Raises UserError where the table has no such view."""
         return Vectors(side.table.vectors, view_of(side.table, view), side.rows_N)
 
 
@@ -194,7 +200,7 @@ def labelled(
 
 def tables_of(
     model: Model | None, given: list[Data], kind: Kind, extraction: dict[str, Any]
-) -> tuple[list[FeatureTable], TemporaryDirectory[str] | None]:
+) -> tuple[list[FeatureTable], Temporary | None]:
     """Feature tables of one model: those that are given, and of the DATA that is; and the folder that holds the latter.
 
     Raises:
@@ -222,12 +228,12 @@ def tables_of(
             here = {"model": {"name": name_of(named), "weights": weights}}
             check_same({"model": there.identity["model"]}, here, f"The features in {there.path}", "the model")
     if None in found and cache is None:
-        held = TemporaryDirectory(prefix="unlabeled-")
+        held = Temporary()
     tables = []
     for data, table in zip(given, found, strict=True):
         if table is None:
             assert loaded is not None
-            folder = Path(cache or held.name) / _folder(data, weights, kind, options)  # type: ignore[union-attr]
+            folder = Path(cache or held.path) / _folder(data, weights, kind, options)  # type: ignore[union-attr]
             table = embed(str(data), named, folder, kind=kind, **options)
         tables.append(table)
     return tables, held
@@ -288,15 +294,11 @@ def views_of(table: FeatureTable) -> dict[str, slice]:
 
 
 def view_of(table: FeatureTable, view: str) -> slice:
-    """Columns of a view; of a table that has another only, those.
-
-    Raises:
-        UserError: the table has several others.
-    """
+    """Columns of a view. Raises UserError where the table has no such."""
     views = views_of(table)
-    if view not in views and len(views) > 1:
-        raise UserError(f"There are no features {view!r} in {table.path}; choose one of {', '.join(views)}.")
-    return views.get(view) or next(iter(views.values()))
+    if view not in views:
+        raise UserError(f"There are no features {view!r} here; there are {', '.join(views)}.")
+    return views[view]
 
 
 def bad_files(table: Path) -> list[tuple[str, str]]:

@@ -83,7 +83,8 @@ def said(one: Comparison, names: dict[str, str]) -> str:
     verdict = "they differ" if found.is_clear else "no difference can be told"
     return (
         f"{column(one.task, one.metric)}: {b} less {a} is {values[0]:+.2f}{unit} "
-        f"(95% {values[1]:+.2f} to {values[2]:+.2f}, p = {found.p_value:.3f}; paired bootstrap over {one.items:,} test items): {verdict}"
+        f"(95% {values[1]:+.2f} to {values[2]:+.2f}, p = {found.p_value:.3f}; "
+        f"paired bootstrap over {one.items:,} test items): {verdict}"
     )
 
 

@@ -219,7 +219,7 @@ def _cropped(
         crop = pixels[top:bottom, left:right]
         if not crop.size:
             raise UserError(
-                f"The box {query.box} of {query.name} is outside of the image of {pixels.shape[1]} x {pixels.shape[0]} pixels."
+                f"The box {query.box} of {query.name} lies outside of its {pixels.shape[1]} x {pixels.shape[0]} pixels."
             )
         crops.append(np.ascontiguousarray(crop))
     return np.asarray(extractor(crops))
