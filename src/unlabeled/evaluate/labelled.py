@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from unlabeled.errors import UserError
 from unlabeled.features.embed import embed
 from unlabeled.features.engines import weights_hash
-from unlabeled.features.extractor import Kind, check_same
+from unlabeled.features.extractor import Kind
+from unlabeled.features.identity import check_same
 from unlabeled.features.preprocessing import Shape
 from unlabeled.features.table import FeatureTable, open_table
 from unlabeled.vit import VisionTransformer
@@ -234,7 +235,7 @@ def tables_of(
         if table is None:
             assert loaded is not None
             folder = Path(cache or held.path) / _folder(data, weights, kind, options)  # type: ignore[union-attr]
-            table = embed(str(data), named, folder, kind=kind, **options)
+            table = embed(str(data), loaded, folder, kind=kind, **options)
         tables.append(table)
     return tables, held
 
@@ -275,7 +276,7 @@ def opened(given: Data) -> FeatureTable | None:
 
 def name_of(model: Model) -> str:
     """A model as text."""
-    return "the given model" if isinstance(model, VisionTransformer) else str(model)
+    return model.name or "the given model" if isinstance(model, VisionTransformer) else str(model)
 
 
 def views_of(table: FeatureTable) -> dict[str, slice]:
