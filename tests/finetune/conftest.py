@@ -1,14 +1,27 @@
 """Small backbones and small labelled data."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from unlabeled.cli import main
+from unlabeled.features.preprocessing import default_preprocessing
+from unlabeled.finetune.examples import ClassExamples
+from unlabeled.images.sources import open_source
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights.huggingface import save_huggingface
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
 
 
 def small_model(depth: int = 3, seed: int = 0) -> VisionTransformer:
@@ -67,3 +80,28 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(labels).save(folder / "labels" / f"{number}.png")
         Image.fromarray(depth).save(folder / "depth" / f"{number}.png")
     return folder
+
+
+def examples_of(folder: Path) -> ClassExamples:
+    """All images of class folders, as small_model takes them."""
+    source = open_source(folder)
+    labels = source.labels()
+    assert labels is not None
+    return ClassExamples(source, np.arange(len(source)), labels, default_preprocessing(small_model().config))
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run `unlabeled` in this process; returns its status, what it printed, and what it said."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["unlabeled", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run

@@ -34,6 +34,7 @@ STRENGTHS = (
     1.0,
 )  # inverse of the L2 penalty on standardised features, tried on validation
 ABSENT = -30.0  # logit of a class without images
+ONE_THREAD = 2**23  # features of all images together, up to which one thread is best
 NEIGHBOURS = (1, 5, 10, 20, 50)  # tried on validation
 
 
@@ -141,8 +142,12 @@ def _logreg(
     seed: int,
 ) -> LinearHead:
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
-    fitted = LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(standard_NF, labels_N)
+    # Threads of small products mostly wait for each other, and for whatever else the machine does.
+    limit = 1 if standard_NF.size < ONE_THREAD else None
+    with threadpool_limits(limit):
+        fitted = LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(standard_NF, labels_N)
     weight, bias = fitted.coef_, fitted.intercept_
     if len(fitted.classes_) == 2:  # one row, of the second class: half of it each way is the same softmax
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
