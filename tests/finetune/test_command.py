@@ -218,6 +218,33 @@ def test_a_released_classification_head(model_folder: Path, colour_folder: Path,
         load_head(tmp_path / "head.pth")
 
 
+def test_released_heads_of_maps(model_folder: Path, colour_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bn = {
+        f"decode_head.bn.{name}": torch.rand(32) + 0.5
+        for name in ("weight", "bias", "running_mean", "running_var")
+    }
+    conv = {
+        "decode_head.conv_seg.weight": torch.randn(21, 32, 1, 1),
+        "decode_head.conv_seg.bias": torch.randn(21),
+    }
+    counted = {"decode_head.bn.num_batches_tracked": torch.tensor(1)}
+    torch.save({"state_dict": bn | conv | counted}, tmp_path / "voc2012_linear_head.pth")
+    conv = {
+        "decode_head.conv_depth.weight": torch.randn(256, 64, 1, 1),
+        "decode_head.conv_depth.bias": torch.zeros(256),
+    }
+    torch.save({"state_dict": conv}, tmp_path / "nyu_linear_head.pth")
+    for name, task in (("voc2012", "segment"), ("nyu", "depth")):
+        head = load_head(tmp_path / f"{name}_linear_head.pth", model_folder, device="cpu")
+        out = unlabeled.predict(colour_folder / "red", head, tmp_path / name)
+        assert head.info.task == task and out.images == 20
+        found = head(colour_folder / "red" / "00.png")
+        assert (
+            found.shape == (36, 40) and found.min() >= 0 and found.max() <= (20 if task == "segment" else 10)
+        )
+
+
 def test_a_backbone_that_is_only_referred_to(run_main: Runner, colour_folder: Path, tmp_path: Path) -> None:
     save_huggingface(small_model(), tmp_path / "model")
     done = run_main(
@@ -260,7 +287,7 @@ def test_what_is_no_head(run_main: Runner, colour_folder: Path, model_folder: Pa
         "--out",
         tmp_path / "out",
     )
-    assert "reads 5 features; this backbone of width 32 has 64 (one layer) or 160 (four)" in failed.err
+    assert "is of another backbone" in failed.err
 
 
 def test_predictions_of_another_head(head_folder: Path, colour_folder: Path, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from unlabeled.errors import UserError
 from unlabeled.features.engines import weights_hash
 from unlabeled.finetune import train
 from unlabeled.finetune.backbone import parameter_groups, prepare
+from unlabeled.finetune.batches import mixed_up
 from unlabeled.finetune.examples import DenseExamples
 from unlabeled.finetune.heads import LinearHead
 from unlabeled.finetune.lora import merge_adapters
 from unlabeled.finetune.recipe import TrainRecipe, default_recipe
 from unlabeled.finetune.tasks import class_figures
-from unlabeled.finetune.train import Trained, Validation, mixed_up, train_head
+from unlabeled.finetune.train import Trained, Validation, train_head
 from unlabeled.signals import StoppedBySignal
 
 SHORT = TrainRecipe(steps=6, batch_size=8, evaluations=2, augment=False, lr=1e-2)

@@ -89,9 +89,7 @@ def finetune(
 @app.command()
 def predict(
     data: DataArgument,
-    head: Annotated[
-        str, typer.Option(help="A folder that finetune made, or Meta's classification head (.pth).")
-    ],
+    head: Annotated[str, typer.Option(help="A folder that finetune made, or one of Meta's heads (.pth).")],
     out: Annotated[str, typer.Option(help="The folder to make; one that was begun is gone on with.")],
     model: Annotated[
         str | None, typer.Option(help="The head's backbone, where it does not lie beside it.")

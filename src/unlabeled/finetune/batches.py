@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from unlabeled.ahead import ahead
 from unlabeled.errors import UserError
@@ -137,3 +138,12 @@ def stacked(examples: Sequence[Example]) -> Group:
     """Return examples of one shape side by side."""
     pixels = torch.from_numpy(np.stack([example.pixels for example in examples]))
     return Group(pixels, torch.from_numpy(np.stack([example.target for example in examples])))
+
+
+def mixed_up(images_B3HW: Tensor, targets_B: Tensor, num_classes: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return lambda x + (1 - lambda) x' and targets likewise, lambda of Beta(alpha, alpha) (1710.09412, equation 1)."""
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    other = torch.randperm(len(images_B3HW), device=images_B3HW.device)
+    one_hot_BC = one_hot(targets_B, num_classes).float()
+    images = images_B3HW.lerp(images_B3HW[other], 1 - share)
+    return images, one_hot_BC.lerp(one_hot_BC[other], 1 - share)

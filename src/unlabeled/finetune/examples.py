@@ -19,7 +19,9 @@ from unlabeled.features.preprocessing import Preprocessing
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.order import ShuffledOrder
 from unlabeled.images.sources import Source
+from unlabeled.vit import VitConfig
 
+GRID = 28  # patches along the short side that a map has at least, where nothing is said of its size
 CROP_AREA = (0.35, 1.0)  # of the image, of a training crop of classification
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height of it
 
@@ -127,6 +129,14 @@ class DenseExamples:
     def order(self, seed: int) -> ShuffledOrder:
         """Return a shuffled walk over all."""
         return ShuffledOrder(len(self), seed)
+
+
+def map_preprocessing(config: VitConfig, size: int = 0) -> Preprocessing:
+    """Return how a model sees images whose pixels it maps: whole, the short side about `size` pixels.
+
+    size: 0: what the model was trained at, and GRID patches at least.
+    """
+    return Preprocessing(size or max(config.image_size, GRID * config.patch_size), "keep", config.patch_size)
 
 
 def random_crop(pixels_HW3: NDArray[np.uint8], side: int, rng: np.random.Generator) -> NDArray[np.uint8]:

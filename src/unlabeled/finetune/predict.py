@@ -101,7 +101,7 @@ def predict(
 
     Args:
         data: DATA; or a folder of images/ beside labels/ or depth/, which the predictions are then compared with.
-        head: what `finetune` made, or Meta's released classification head with its model.
+        head: what `finetune` made, or one of Meta's released heads with its model.
         out: the folder to make.
         model: the backbone, where it does not lie in the head's folder.
         device: auto, cpu, cuda, cuda:1, mps; of a head that is loaded already its own.

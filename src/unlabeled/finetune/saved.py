@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from unlabeled.dense import inference
 from unlabeled.dense.heads import DepthHead, SegmentationHead
 from unlabeled.dense.losses import resized
+from unlabeled.dense.released import load_released_head, read_released_head
 from unlabeled.devices import choose_device
 from unlabeled.errors import UserError, writing
 from unlabeled.features.engines import weights_hash
@@ -32,10 +33,11 @@ from unlabeled.features.fitting import evaluating
 from unlabeled.features.inputs import ImageLike, as_pixels
 from unlabeled.features.preprocessing import Preprocessing, default_preprocessing
 from unlabeled.finetune.backbone import reader
+from unlabeled.finetune.examples import map_preprocessing
 from unlabeled.finetune.heads import KnnHead, LinearHead
 from unlabeled.images.transform import normalize
 from unlabeled.vit import VisionTransformer
-from unlabeled.weights.files import read_json, read_tensors, replacing
+from unlabeled.weights.files import check_keys, read_json, read_tensors, replacing
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
 
@@ -179,8 +181,8 @@ def load_head(
 ) -> TrainedHead:
     """Return a trained head with its backbone.
 
-    text: a folder that `finetune` wrote, or a released classification head of Meta's (dinov2_*_linear_head.pth and
-        linear4), which needs its model.
+    text: a folder that `finetune` wrote, or one of Meta's released heads (.pth: classification, segmentation, depth;
+        `dense.released` lists them), which needs its model.
     model: the backbone, where it does not lie in the folder.
 
     Raises UserError for what is no head, a head of another backbone, or damaged files.
@@ -203,7 +205,11 @@ def load_head(
             f"{hash_here[:12]}."
         )
     head = KINDS[info.kind](**info.arguments)
-    _fill(head, read_tensors(path / "head.safetensors"), path)
+    state, filled = read_tensors(path / "head.safetensors"), head
+    if isinstance(head, LinearHead):
+        state, filled = {name.removeprefix("linear."): value for name, value in state.items()}, head.linear
+    check_keys(filled, state, str(path / "head.safetensors"), "what head.json says")
+    filled.load_state_dict(state)
     return TrainedHead(info, backbone, head, where)
 
 
@@ -223,44 +229,42 @@ def read_info(folder: Path) -> HeadInfo:
     return HeadInfo(**{name: held[name] for name in names})
 
 
-def _fill(head: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    expected = head.state_dict()
-    if isinstance(head, LinearHead):
-        expected = {name: value for name, value in expected.items() if name.startswith("linear.")}
-    wrong = [name for name in {*expected, *state} if name not in state or name not in expected]
-    wrong += [name for name in state if name in expected and state[name].shape != expected[name].shape]
-    if wrong:
-        raise UserError(
-            f"{path / 'head.safetensors'} does not fit head.json: {', '.join(sorted(wrong)[:4])}."
-        )
-    head.load_state_dict(state, strict=False)
-
-
 def _released_head(
     path: Path, model: str | Path | VisionTransformer | None, device: torch.device
 ) -> TrainedHead:
-    """Return one of Meta's classification heads: weight (C, 2D) of one layer, or (C, 5D) of four, and bias (C,)."""
-    state = read_tensors(path)
-    weight, bias = state.get("weight"), state.get("bias")
-    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.ndim == 2 and len(state) == 2):
-        raise UserError(
-            f"{path} is no classification head: a weight (classes, features) and a bias are needed."
-        )
+    """Return one of Meta's heads with its backbone; classes have numbers for names, which is all the files say."""
     if model is None:
-        raise UserError(f"{path} holds a head without a backbone; give it with --model.")
+        raise UserError(f"{path} is a head without a backbone; give it with --model.")
     backbone = load_model(model) if isinstance(model, str | Path) else model
-    width, num_classes = backbone.config.width, len(weight)
-    if weight.shape[1] not in (2 * width, 5 * width) or bias.shape != (num_classes,):
-        raise UserError(
-            f"{path} reads {weight.shape[1]} features; this backbone of width {width} has {2 * width} (one layer) "
-            f"or {5 * width} (four)."
-        )
-    head = LinearHead(width, num_classes, num_layers=1 if weight.shape[1] == 2 * width else 4)
-    head.linear.load_state_dict({"weight": weight, "bias": bias})
+    config = backbone.config
+    found = read_released_head(path, config.width)
+    head: nn.Module
+    if found.task == "classify":
+        head = LinearHead(**found.arguments)
+        check_keys(head.linear, found.state, str(path), f"a head of a backbone of width {config.width}")
+        head.linear.load_state_dict(found.state)
+    else:
+        head = load_released_head(path, config.width)
+    num_classes = found.arguments.get("num_classes", 0)
+    preprocessing = default_preprocessing(config) if found.task == "classify" else map_preprocessing(config)
     name = str(model) if isinstance(model, str | Path) else ""
     info = HeadInfo(
-        "classify", "LinearHead", head.arguments, [str(number) for number in range(num_classes)],
-        dataclasses.asdict(default_preprocessing(backbone.config)), head.layers(backbone.config.depth),
+        found.task, type(head).__name__, found.arguments, [str(number) for number in range(num_classes)],
+        dataclasses.asdict(preprocessing), cast(inference.Head, head).layers(config.depth),
         {"name": name, "weights": weights_hash(backbone), "tuned": "freeze"},
+        palette(num_classes) if found.task == "segment" else [],
     )  # fmt: skip
     return TrainedHead(info, backbone, head, device)
+
+
+def palette(num_classes: int) -> list[tuple[int, int, int]]:
+    """Return a colour for each class that is unlike those of its neighbours."""
+    from matplotlib import colormaps
+
+    if num_classes <= 20:
+        order = [*range(0, 20, 2), *range(1, 20, 2)]
+        colours = [colormaps["tab20"](order[number]) for number in range(num_classes)]
+    else:
+        golden = (5**0.5 - 1) / 2
+        colours = [colormaps["hsv"]((number * golden) % 1) for number in range(num_classes)]
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b, _ in colours]

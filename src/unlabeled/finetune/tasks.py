@@ -21,7 +21,7 @@ from unlabeled.dense.losses import depth_loss, resized, segmentation_loss
 from unlabeled.dense.metrics import DEPTH_METRICS, confusion_matrix, depth_scores, segmentation_scores
 from unlabeled.errors import UserError
 from unlabeled.features.preprocessing import Preprocessing, default_preprocessing
-from unlabeled.finetune.examples import ClassExamples, DenseExamples, Examples
+from unlabeled.finetune.examples import ClassExamples, DenseExamples, Examples, map_preprocessing
 from unlabeled.finetune.heads import KnnHead, LinearHead
 from unlabeled.finetune.recipe import TrainRecipe
 from unlabeled.finetune.saved import Task
@@ -34,7 +34,6 @@ HEADS: dict[str, tuple[str, ...]] = {  # by task, the first by default
     "segment": ("linear4", "linear"),
     "depth": ("linear4", "linear", "dpt", "regression"),
 }
-GRID = 28  # patches along the short side that a map needs at least, where --size does not say otherwise
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,8 @@ def split(labels_N: NDArray[np.int64], options: DataOptions) -> tuple[NDArray[np
 
 
 def _open_maps(task: Task, options: DataOptions, config: VitConfig) -> TaskData:
-    size = options.size or max(config.image_size, GRID * config.patch_size)
-    preprocessing = Preprocessing(size, "keep", config.patch_size)
+    preprocessing = map_preprocessing(config, options.size)
+    size = preprocessing.size
     if options.shots:
         raise UserError("--shots is for classes; segmentation and depth learn from all images of DATA.")
     whole = open_maps(task, options.data, options)
@@ -264,16 +263,3 @@ def as_json(options: DataOptions) -> dict[str, Any]:
     """Return the options with paths that mean the same from every folder."""
     places = {"data": lasting(options.data), "val": options.val and lasting(options.val)}
     return asdict(options) | places
-
-
-def palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """Return a colour for each class that is unlike those of its neighbours."""
-    from matplotlib import colormaps
-
-    if num_classes <= 20:
-        order = [*range(0, 20, 2), *range(1, 20, 2)]
-        colours = [colormaps["tab20"](order[number]) for number in range(num_classes)]
-    else:
-        golden = (5**0.5 - 1) / 2
-        colours = [colormaps["hsv"]((number * golden) % 1) for number in range(num_classes)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b, _ in colours]

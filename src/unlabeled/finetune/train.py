@@ -5,6 +5,7 @@ Shape suffixes: B images, H W pixels.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import tempfile
@@ -24,12 +25,13 @@ from unlabeled.devices import choose_device, denormals_flushed, has_bf16
 from unlabeled.errors import UserError
 from unlabeled.features.engines import weights_hash
 from unlabeled.finetune.backbone import learning, parameter_groups, prepare, reader
-from unlabeled.finetune.batches import Group, Report, all_batches, training_batches
+from unlabeled.finetune.batches import Group, Report, all_batches, mixed_up, training_batches
 from unlabeled.finetune.cache import CacheTooLarge, TokenCache, TokensOf, cached
 from unlabeled.finetune.checkpoint import read_checkpoint, write_checkpoint
 from unlabeled.finetune.examples import Examples
 from unlabeled.finetune.heads import LinearHead
 from unlabeled.finetune.recipe import TrainRecipe
+from unlabeled.images.decode import BadImage
 from unlabeled.images.transform import normalize
 from unlabeled.metrics import Metrics
 from unlabeled.progress import Progress
@@ -266,7 +268,7 @@ class _Training:
                         some,
                         self._frozen,
                         folder / name,
-                        key | {"images": len(some)},
+                        key | {"images": len(some), "first": _first(some)},
                         views=views,
                         pooled_only=pooled_only,
                         seed=recipe.seed,
@@ -433,13 +435,13 @@ class _Training:
         )
 
 
-def mixed_up(images_B3HW: Tensor, targets_B: Tensor, num_classes: int, alpha: float) -> tuple[Tensor, Tensor]:
-    """Return lambda x + (1 - lambda) x' and targets likewise, lambda of Beta(alpha, alpha) (1710.09412, equation 1)."""
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    other = torch.randperm(len(images_B3HW), device=images_B3HW.device)
-    one_hot_BC = nn.functional.one_hot(targets_B, num_classes).float()
-    images = images_B3HW.lerp(images_B3HW[other], 1 - share)
-    return images, one_hot_BC.lerp(one_hot_BC[other], 1 - share)
+def _first(examples: Examples) -> str:
+    """Return a hash of the first example as it is prepared: other data, or other sizes, have another."""
+    try:
+        one = examples.load(0, None)
+    except BadImage as error:
+        return str(error)
+    return hashlib.sha256(f"{one.key} {one.pixels.shape}".encode() + one.pixels.tobytes()).hexdigest()
 
 
 def _better(found: Mapping[str, float], best: Mapping[str, float], validation: Validation) -> bool:

@@ -19,7 +19,7 @@ from unlabeled.finetune.examples import ClassExamples
 from unlabeled.finetune.fitted import fit_knn, fit_logreg
 from unlabeled.finetune.lora import merge_adapters
 from unlabeled.finetune.recipe import Backbone, default_recipe
-from unlabeled.finetune.saved import HeadInfo, Task, TrainedHead, load_head, save_head
+from unlabeled.finetune.saved import HeadInfo, Task, TrainedHead, load_head, palette, save_head
 from unlabeled.finetune.tasks import (
     HEADS,
     DataOptions,
@@ -27,7 +27,6 @@ from unlabeled.finetune.tasks import (
     loss_of,
     make_head,
     open_task,
-    palette,
     validation_of,
 )
 from unlabeled.finetune.train import TrainableHead, train_head
