@@ -99,6 +99,7 @@ def train_head(
     *,
     validation: Validation | None = None,
     folder: Path | None = None,
+    cache: Path | None = None,
     device: str = "auto",
     report: Report | None = None,
     console: Console | None = None,
@@ -114,6 +115,7 @@ def train_head(
         loss: of what the head returns and the targets.
         folder: where metrics.jsonl, checkpoints/ and cache/ go; a training that was stopped there goes on. None: the
             cache lies in a temporary folder, and nothing else is written.
+        cache: where tokens are kept for the next training on the same examples, which finds them there.
         report: is told the key of each image that cannot be used, and the reason.
         console: where progress is shown; nowhere by default.
         again: the command that goes on with a training that a signal stops.
@@ -131,7 +133,7 @@ def train_head(
         training = _Training(model, head, loss, recipe, where, num_classes)
         state = read_checkpoint(folder, training.modules()) if folder else None
         trained = training.run(
-            examples, validation, state, kept, report or (lambda key, reason: None), console,
+            examples, validation, state, kept, cache or kept / "cache", report or (lambda key, reason: None), console,
             writes=folder is not None, again=again,
         )  # fmt: skip
         if folder:
@@ -176,6 +178,7 @@ class _Training:
         validation: Validation | None,
         state: dict[str, Any] | None,
         folder: Path,
+        cache: Path,
         report: Report,
         console: Console | None,
         *,
@@ -187,7 +190,7 @@ class _Training:
         start = state["step"] if state else 0
         best: dict[str, Any] = state["best"] if state else {}
         quiet = console or Console(quiet=True)
-        tokens, judged = self._cached(examples, validation, folder / "cache", report, console)
+        tokens, judged = self._cached(examples, validation, cache, report, console)
         if state is None and isinstance(self.head, LinearHead):
             self.head.standardise(torch.cat([*map(self.head.features, self._sample(examples, tokens))]))
         history: list[dict[str, Any]] = []

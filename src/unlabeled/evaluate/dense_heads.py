@@ -1,0 +1,155 @@
+"""What segmentation and depth share: a head whose learning rate is chosen within train, and its maps of test images.
+
+Shape suffixes: B images, C channels (classes, or 1 of depth), H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from unlabeled.dense.inference import Head, predict
+from unlabeled.dense.labelled import DenseData
+from unlabeled.dense.losses import resized
+from unlabeled.devices import choose_device
+from unlabeled.errors import UserError
+from unlabeled.features.preprocessing import Preprocessing
+from unlabeled.finetune.backbone import released
+from unlabeled.finetune.batches import report_to
+from unlabeled.finetune.recipe import default_recipe
+from unlabeled.finetune.saved import Task
+from unlabeled.finetune.tasks import DataOptions, loss_of, make_head, open_task, validation_of
+from unlabeled.finetune.train import TrainableHead, train_head
+from unlabeled.images.decode import BadImage
+from unlabeled.images.transform import normalize
+from unlabeled.progress import Progress
+from unlabeled.vit import VisionTransformer
+from unlabeled.weights.load import load_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class ChosenHead:
+    """A trained head and what it was chosen by.
+
+    Attributes:
+        model, head: in evaluation mode, on the device.
+        preprocessing: of an image.
+        classes: names; empty of depth.
+        depth_range: of train in metres; zeros of segmentation.
+        num_train: images that were learned from.
+        settings: what was chosen and how, as JSON types.
+        bad_files, notes: of train.
+    """
+
+    model: VisionTransformer
+    head: nn.Module
+    device: torch.device
+    preprocessing: Preprocessing
+    classes: list[str]
+    depth_range: tuple[float, float]
+    num_train: int
+    settings: dict[str, Any]
+    bad_files: list[tuple[str, str]]
+    notes: tuple[str, ...]
+
+
+def chosen_head(
+    task: Task,
+    kind: str,
+    model: str | Path | VisionTransformer,
+    options: DataOptions,
+    learning_rates: Sequence[float],
+    epochs: float,
+    device: str,
+    cache: str | Path | None,
+    console: Console | None,
+) -> ChosenHead:
+    """Train a head with each learning rate on nine tenths of train; return the best one on the last tenth.
+
+    Raises:
+        UserError: train has fewer than ten usable images, or there is no learning rate.
+    """
+    if not learning_rates:
+        raise UserError("There is no learning rate to choose from.")
+    network = load_model(model) if isinstance(model, str | Path) else model
+    opened = open_task(task, options, network.config)
+    validation = validation_of(task, opened)
+    if validation is None:
+        raise UserError(
+            f"{options.data} has {len(opened.train)} usable images; ten are needed, one to choose by."
+        )
+    fields: dict[str, Any] = {"epochs": epochs} if epochs else {}
+    recipe = default_recipe(task, "freeze", len(opened.train), fields)
+    bad_files = [*opened.bad]
+    tried: list[tuple[float, float, dict[str, float], nn.Module]] = []
+    with ExitStack() as stack:
+        folder = Path(cache or stack.enter_context(TemporaryDirectory(prefix="unlabeled-")))
+        for lr in learning_rates:
+            torch.manual_seed(options.seed)
+            head = make_head(task, kind, network.config, opened)
+            if console:
+                console.print(f"{task}, {kind} head, learning rate {lr:g}", highlight=False)
+            trained = train_head(
+                network, cast(TrainableHead, head), opened.train, loss_of(task, recipe, opened),
+                dataclasses.replace(recipe, lr=lr, seed=options.seed), validation=validation,
+                cache=folder / f"{_blocks(head, network)}-{cast(Head, head).norm}", device=device,
+                report=report_to(None, bad_files), console=console,
+            )  # fmt: skip
+            found = trained.figures[validation.by]
+            tried.append((found if validation.larger else -found, lr, trained.figures, head))
+    best = max(tried, key=lambda one: one[0])
+    settings = {
+        "head": kind, "learning_rate": best[1], "epochs": round(recipe.steps * recipe.batch_size / len(opened.train), 2),
+        "steps": recipe.steps, "size": opened.preprocessing.size, "seed": options.seed,
+        "held_out": {f"{lr:g}": figures[validation.by] for _, lr, figures, _ in tried},
+    }  # fmt: skip
+    return ChosenHead(
+        released(network), best[3].eval(), choose_device(device), opened.preprocessing, opened.classes,
+        opened.depth_range, len(opened.train), settings, list(dict.fromkeys(bad_files)), opened.notes,
+    )  # fmt: skip
+
+
+def _blocks(head: nn.Module, model: VisionTransformer) -> str:
+    return "-".join(map(str, cast(Head, head).layers(len(model.blocks))))
+
+
+@torch.no_grad()
+def maps_of(
+    chosen: ChosenHead,
+    data: DenseData,
+    window: int,
+    report: Callable[[tuple[str, str]], None],
+    console: Console | None,
+) -> Iterator[tuple[str, Tensor, NDArray[Any]]]:
+    """Give each image's key, its map (C, H, W) at its own size, on the CPU, and its target (H, W).
+
+    Images that cannot be used are reported and left out.
+    """
+    with ExitStack() as stack:
+        bar = stack.enter_context(Progress(console, "test", "image", 0, len(data))) if console else None
+        for index in range(len(data)):
+            try:
+                key, pixels, target_HW = data.read(index)
+                prepared = chosen.preprocessing(pixels)
+            except (BadImage, UserError) as error:
+                report((data.pairs[index].key, str(error)))
+                continue
+            images_13hw = normalize(torch.from_numpy(prepared)[None].to(chosen.device))
+            maps = predict(chosen.model, cast(Head, chosen.head), images_13hw, window or None)
+            yield key, resized(maps, target_HW.shape)[0].cpu(), target_HW
+            if bar:
+                bar.update(index + 1, "")
