@@ -6,7 +6,7 @@ Shape suffixes: B images, C channels (classes, or 1 of depth), H W pixels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class ChosenHead:
         preprocessing: of an image.
         classes: names; empty of depth.
         depth_range: of train in metres; zeros of segmentation.
+        ignore: label that does not count.
         num_train: images that were learned from.
         settings: what was chosen and how, as JSON types.
         bad_files, notes: of train.
@@ -61,6 +62,7 @@ class ChosenHead:
     preprocessing: Preprocessing
     classes: list[str]
     depth_range: tuple[float, float]
+    ignore: int
     num_train: int
     settings: dict[str, Any]
     bad_files: list[tuple[str, str]]
@@ -77,8 +79,11 @@ def chosen_head(
     device: str,
     cache: str | Path | None,
     console: Console | None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> ChosenHead:
     """Train a head with each learning rate on nine tenths of train; return the best one on the last tenth.
+
+    arguments: of the head, where others than `make_head`'s are wanted.
 
     Raises:
         UserError: train has fewer than ten usable images, or there is no learning rate.
@@ -101,6 +106,8 @@ def chosen_head(
         for lr in learning_rates:
             torch.manual_seed(options.seed)
             head = make_head(task, kind, network.config, opened)
+            if arguments:
+                head = type(head)(**{**head.arguments, **arguments})  # type: ignore[dict-item]
             if console:
                 console.print(f"{task}, {kind} head, learning rate {lr:g}", highlight=False)
             trained = train_head(
@@ -113,13 +120,17 @@ def chosen_head(
             tried.append((found if validation.larger else -found, lr, trained.figures, head))
     best = max(tried, key=lambda one: one[0])
     settings = {
-        "head": kind, "learning_rate": best[1], "epochs": round(recipe.steps * recipe.batch_size / len(opened.train), 2),
-        "steps": recipe.steps, "size": opened.preprocessing.size, "seed": options.seed,
+        "head": kind,
+        "learning_rate": best[1],
         "held_out": {f"{lr:g}": figures[validation.by] for _, lr, figures, _ in tried},
-    }  # fmt: skip
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+        "size": opened.preprocessing.size,
+        "seed": options.seed,
+    }
     return ChosenHead(
         released(network), best[3].eval(), choose_device(device), opened.preprocessing, opened.classes,
-        opened.depth_range, len(opened.train), settings, list(dict.fromkeys(bad_files)), opened.notes,
+        opened.depth_range, opened.ignore, len(opened.train), settings, list(dict.fromkeys(bad_files)), opened.notes,
     )  # fmt: skip
 
 

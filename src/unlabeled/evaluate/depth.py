@@ -15,7 +15,7 @@ from unlabeled.dense.heads import DepthKind
 from unlabeled.dense.labelled import depth_images
 from unlabeled.dense.metrics import DEPTH_METRICS, Align, Crop, depth_scores
 from unlabeled.errors import UserError
-from unlabeled.evaluate.dense_heads import LEARNING_RATES, chosen_head, maps_of
+from unlabeled.evaluate.dense_heads import LEARNING_RATES, ChosenHead, chosen_head, maps_of
 from unlabeled.evaluate.labelled import name_of
 from unlabeled.evaluate.result import Figure, Result, result_of
 from unlabeled.finetune.tasks import DataOptions
@@ -36,6 +36,7 @@ def depth(
     crop: Crop = "",
     align: Align = "",
     depth_scale: float = 1000.0,
+    channels: int = 256,
     size: int = 0,
     window: int = 0,
     learning_rates: Sequence[float] = LEARNING_RATES,
@@ -58,6 +59,7 @@ def depth(
         crop: eigen (NYU) or garg (KITTI), the part of test images that counts; all by default.
         align: median or least squares, for depth that is known up to scale only, see `dense.metrics.depth_scores`.
         depth_scale: what one metre is in an integer depth file.
+        channels: of the dpt head's maps; 256 is the papers', and slow on a CPU.
         size, window, learning_rates, epochs, seed, device, cache, console: as in `segmentation`.
 
     Returns:
@@ -68,7 +70,32 @@ def depth(
         UserError: data that cannot be used, or a head that does not exist.
     """
     options = DataOptions(str(train), size=size, depth_scale=depth_scale, seed=seed)
-    chosen = chosen_head("depth", head, model, options, learning_rates, epochs, device, cache, console)
+    arguments = {"channels": channels} if head == "dpt" else None
+    chosen = chosen_head(
+        "depth", head, model, options, learning_rates, epochs, device, cache, console, arguments
+    )
+    return measured(
+        chosen, name_of(model), test, min_depth, max_depth, crop, align, depth_scale, window, console
+    )
+
+
+def measured(
+    chosen: ChosenHead,
+    model: str,
+    test: str | Path,
+    min_depth: float = 0.001,
+    max_depth: float = 0.0,
+    crop: Crop = "",
+    align: Align = "",
+    depth_scale: float = 1000.0,
+    window: int = 0,
+    console: Console | None = None,
+) -> Result:
+    """Return how a trained head does on test images; arguments and metrics as in `depth`.
+
+    Raises:
+        UserError: no image can be measured.
+    """
     data = depth_images(test, depth_scale=depth_scale)
     # A little more, so that the largest depth itself counts.
     limit = max_depth or 1.001 * chosen.depth_range[1]
@@ -86,7 +113,7 @@ def depth(
     scores_IM = np.stack(rows)
     return result_of(
         "depth",
-        name_of(model),
+        model,
         {name: Figure(scores_IM[:, place]) for place, name in enumerate(DEPTH_METRICS)},
         keys,
         settings=chosen.settings
@@ -94,5 +121,5 @@ def depth(
         counts={"train": chosen.num_train, "test": len(keys), "bad_files": len(bad)},
         bad_files=bad,
         notes=(*chosen.notes, *data.notes),
-        seed=seed,
+        seed=chosen.settings["seed"],
     )

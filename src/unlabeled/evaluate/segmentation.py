@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from unlabeled.dense.labelled import labelled_images
 from unlabeled.dense.metrics import confusion_matrix, segmentation_scores
 from unlabeled.errors import UserError
-from unlabeled.evaluate.dense_heads import LEARNING_RATES, chosen_head, maps_of
+from unlabeled.evaluate.dense_heads import LEARNING_RATES, ChosenHead, chosen_head, maps_of
 from unlabeled.evaluate.labelled import name_of
 from unlabeled.evaluate.result import Figure, Result, result_of
 from unlabeled.finetune.tasks import DataOptions
@@ -72,6 +72,18 @@ def segmentation(
         raise UserError(f"There is no segmentation head {head!r}; choose one of {', '.join(get_args(Head))}.")
     options = DataOptions(str(train), size=size, ignore=ignore, seed=seed)
     chosen = chosen_head("segment", head, model, options, learning_rates, epochs, device, cache, console)
+    return measured(chosen, name_of(model), test, window, console)
+
+
+def measured(
+    chosen: ChosenHead, model: str, test: str | Path, window: int = 0, console: Console | None = None
+) -> Result:
+    """Return how a trained head does on test images; arguments and metrics as in `segmentation`.
+
+    Raises:
+        UserError: no image can be measured.
+    """
+    ignore = chosen.ignore
     data = labelled_images(test, ignore=ignore, class_names=chosen.classes)
     keys: list[str] = []
     confusions: list[NDArray[np.int64]] = []
@@ -86,7 +98,7 @@ def segmentation(
     ious_C = segmentation_scores(confusions_ICC.sum(0)).iou
     return result_of(
         "segmentation",
-        name_of(model),
+        model,
         {"miou": Figure(confusions_ICC, "miou"), "pixel_accuracy": Figure(confusions_ICC, "pixel_accuracy")},
         keys,
         metrics={
@@ -103,5 +115,5 @@ def segmentation(
         },
         bad_files=bad,
         notes=(*chosen.notes, *data.notes),
-        seed=seed,
+        seed=chosen.settings["seed"],
     )
