@@ -52,6 +52,12 @@ VOID = 11
 FOCAL_LENGTH, BASELINE, OFFSET = 994.978, 0.193001, 31.086  # pixels, metres, pixels; of the motorcycle
 SCENES_VIEW = 60.0  # degrees, horizontal, of SCENES
 ROWS = 3  # of a picture
+SEGMENTATION_HEADS = {"trained": ("linear", "linear4"), "untrained": ("linear4",), "pixels": ("linear",)}
+DEPTH_HEADS = {
+    "trained": ("linear", "regression", "linear4", "dpt"),
+    "untrained": ("linear4",),
+    "pixels": ("linear", "regression", "dpt"),
+}
 CHANNELS = 32  # of DPT's maps; the papers' 256 take 60 times as long
 
 
@@ -82,8 +88,8 @@ def segmentation(args: argparse.Namespace, console: Console) -> list[str]:
     pictures: list[list[list[np.ndarray]]] = []
     for name, model in (("trained", trained), ("untrained", untrained(trained)), ("pixels", pixels(trained))):
         for head in ("linear", "linear4"):
-            if name == "pixels" and head == "linear4":
-                continue  # four times the same
+            if head not in SEGMENTATION_HEADS[name]:
+                continue
             options = DataOptions(str(args.data / "train"), size=args.size, ignore=VOID)
             chosen = chosen_head(
                 "segment", head, model, options, args.learning_rates, args.epochs, "auto", None, console
@@ -99,7 +105,7 @@ def segmentation(args: argparse.Namespace, console: Console) -> list[str]:
                 + " |"
             )
             console.print(rows[-1], highlight=False)
-            if args.picture and (name, head) in (("trained", "linear4"), ("untrained", "linear4")):
+            if args.picture and head == "linear4":
                 data = labelled_images(args.data / "val", ignore=VOID, class_names=chosen.classes)
                 pictures.append(segmentation_pictures(chosen, data.subset(shown(len(data))), bool(pictures)))
     if args.picture:
@@ -133,8 +139,8 @@ def depth(args: argparse.Namespace, console: Console) -> list[str]:
     for name, model in (("trained", trained), ("untrained", untrained(trained)), ("pixels", pixels(trained))):
         with tempfile.TemporaryDirectory() as cache:
             for head in kinds:
-                if name == "pixels" and head == "linear4":
-                    continue  # four times the same
+                if head not in DEPTH_HEADS[name]:
+                    continue
                 begun = time.perf_counter()
                 options = DataOptions(str(args.data / "train"), size=args.size)
                 chosen = chosen_head(

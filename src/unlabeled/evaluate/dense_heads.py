@@ -38,7 +38,8 @@ from unlabeled.weights.load import load_model
 if TYPE_CHECKING:
     from rich.console import Console
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+EVALUATIONS = 4  # on the part that is held out, of each training
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def chosen_head(
         raise UserError(
             f"{options.data} has {len(opened.train)} usable images; ten are needed, one to choose by."
         )
-    fields: dict[str, Any] = {"epochs": epochs} if epochs else {}
+    fields: dict[str, Any] = {"evaluations": EVALUATIONS} | ({"epochs": epochs} if epochs else {})
     recipe = default_recipe(task, "freeze", len(opened.train), fields)
     bad_files = [*opened.bad]
     tried: list[tuple[float, float, dict[str, float], nn.Module]] = []
