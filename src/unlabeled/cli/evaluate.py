@@ -167,6 +167,73 @@ def retrieval_command(
     _run("retrieval", {"retrieval": options}, model, train, test, out, extraction, as_json)
 
 
+DenseSize = Annotated[
+    int, typer.Option(help="Pixels, of the short side that the model sees; 0: as finetune takes it.")
+]
+Window = Annotated[
+    int, typer.Option(help="Pixels; test images are seen through a sliding window of this side; 0: whole.")
+]
+Rates = Annotated[str, typer.Option("--lr", help="Learning rates; the best one within train is chosen.")]
+Epochs = Annotated[float, typer.Option(help="Passes over train; 0: as finetune takes it.")]
+
+
+@group.command("segmentation")
+def segmentation_command(
+    train: Annotated[str, typer.Option(help="A folder of images/ and labels/.")],
+    test: Annotated[str, typer.Option(help="The same, with the same classes.")],
+    model: Models = None,
+    head: Annotated[str, typer.Option(help="linear4 (four blocks) or linear (the last one).")] = "linear4",
+    ignore: Annotated[int, typer.Option(help="Label of pixels that do not count.")] = 255,
+    size: DenseSize = 0,
+    window: Window = 0,
+    lr: Rates = "1e-3,3e-3,1e-2",
+    epochs: Epochs = 0,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A head on frozen patch features says the class of every pixel: mIoU, IoU of each class, pixel accuracy."""
+    options = {
+        "head": head, "ignore": ignore, "size": size, "window": window, "epochs": epochs, "seed": seed,
+        "learning_rates": _rates(lr),
+    }  # fmt: skip
+    _run("segmentation", {"segmentation": options}, model, train, test, out, {"device": device}, as_json)
+
+
+@group.command("depth")
+def depth_command(
+    train: Annotated[str, typer.Option(help="A folder of images/ and depth/.")],
+    test: Annotated[str, typer.Option(help="The same.")],
+    model: Models = None,
+    head: Annotated[str, typer.Option(help="linear4, linear, dpt or regression.")] = "linear4",
+    max_depth: Annotated[
+        float, typer.Option(help="Metres; what is farther does not count. 0: as far as train goes.")
+    ] = 0.0,
+    crop: Annotated[str, typer.Option(help="The part that counts: eigen (NYU) or garg (KITTI).")] = "",
+    align: Annotated[
+        str, typer.Option(help="Of depth up to scale: median or 'least squares', on each image.")
+    ] = "",
+    depth_scale: Annotated[float, typer.Option(help="What one metre is in an integer depth file.")] = 1000.0,
+    channels: Annotated[int, typer.Option(help="Of dpt's maps; the papers' 256 are slow on a CPU.")] = 256,
+    size: DenseSize = 0,
+    window: Window = 0,
+    lr: Rates = "1e-3,3e-3,1e-2",
+    epochs: Epochs = 0,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A head on frozen features says how far every pixel is: RMSE, AbsRel, log10, delta1 to delta3."""
+    options = {
+        "head": head, "max_depth": max_depth, "crop": crop, "align": align, "depth_scale": depth_scale,
+        "channels": channels, "size": size, "window": window, "epochs": epochs, "seed": seed,
+        "learning_rates": _rates(lr),
+    }  # fmt: skip
+    _run("depth", {"depth": options}, model, train, test, out, {"device": device}, as_json)
+
+
 @group.command("all")
 def all_command(
     train: Train,
@@ -295,6 +362,13 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"{option} {text} is no list of whole numbers; 5 and 1,5,10 are.") from error
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--lr {text} is no list of learning rates; 1e-3 and 1e-3,1e-2 are.") from error
 
 
 def _say(terminal: Console, text: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -70,6 +70,9 @@ def depth(
         UserError: data that cannot be used, or a head that does not exist.
     """
     options = DataOptions(str(train), size=size, depth_scale=depth_scale, seed=seed)
+    if crop not in get_args(Crop) or align not in get_args(Align):
+        ways = " and ".join(", ".join(filter(None, get_args(kind))) for kind in (Crop, Align))
+        raise UserError(f"There is no crop {crop!r} or no alignment {align!r}; there are {ways}.")
     arguments = {"channels": channels} if head == "dpt" else None
     chosen = chosen_head(
         "depth", head, model, options, learning_rates, epochs, device, cache, console, arguments
