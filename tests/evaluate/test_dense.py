@@ -10,9 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unlabeled.dense.labelled import Pair, matched
 from unlabeled.errors import UserError
-from unlabeled.evaluate.dense import _patch_classes, labelled_images, patch_knn
+from unlabeled.evaluate.dense import _patch_classes, patch_knn
 from unlabeled.vit import VisionTransformer, vit_config
+
+
+def pairs_of(folder: Path) -> list[Pair]:
+    return matched(folder, "labels")[0]
+
 
 COLOURS = np.array([(200, 30, 30), (30, 200, 30), (30, 30, 200)], np.uint8)
 
@@ -42,14 +48,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_good_features_find_every_class(folder: Path) -> None:
-    found = patch_knn(MeanColour(), labelled_images(folder), 48, ignore=9)  # type: ignore[arg-type]
+    found = patch_knn(MeanColour(), pairs_of(folder), 48, ignore=9)  # type: ignore[arg-type]
     assert found == {"patch_knn_miou": 1.0, "patch_knn_accuracy": 1.0}
 
 
 def test_a_backbone_and_other_sizes(folder: Path) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(vit_config("vit_tiny", depth=1, patch_size=8, image_size=32, layer_scale=1.0))
-    found = patch_knn(model.train(), labelled_images(folder), 40, ignore=9)
+    found = patch_knn(model.train(), pairs_of(folder), 40, ignore=9)
     assert model.training
     assert 0.3 < found["patch_knn_miou"] <= found["patch_knn_accuracy"] <= 1
 
@@ -64,15 +70,15 @@ def test_a_patch_is_of_the_class_of_most_of_its_pixels() -> None:
 
 def test_bad_folders_are_one_line(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(UserError, match="has no images/"):
-        labelled_images(tmp_path_factory.mktemp("empty"))
+        pairs_of(tmp_path_factory.mktemp("empty"))
     colour = folder / "labels" / "0.png"
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(colour)
     with pytest.raises(UserError, match="3 channels"):
-        patch_knn(MeanColour(), labelled_images(folder), 48)  # type: ignore[arg-type]
+        patch_knn(MeanColour(), pairs_of(folder), 48)  # type: ignore[arg-type]
     colour.write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
-        patch_knn(MeanColour(), labelled_images(folder), 48)  # type: ignore[arg-type]
-    for path in list((folder / "labels").iterdir())[1:]:
+        patch_knn(MeanColour(), pairs_of(folder), 48)  # type: ignore[arg-type]
+    for path in list((folder / "labels").iterdir()):
         path.unlink()
-    with pytest.raises(UserError, match="have labels of the same name"):
-        labelled_images(folder)
+    with pytest.raises(UserError, match="has a file of the same name"):
+        pairs_of(folder)

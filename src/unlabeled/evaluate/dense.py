@@ -5,16 +5,15 @@ Shape suffixes: N patches, D width, H W pixels, h w patches, C classes.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.nn import functional as F
 
+from unlabeled.dense.labelled import Pair, read_labels
 from unlabeled.errors import UserError
 from unlabeled.evaluate.knn import knn_predict
 from unlabeled.images.decode import BadImage, decode
@@ -22,27 +21,6 @@ from unlabeled.images.transform import normalize
 
 if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
-
-Pair = tuple[Path, Path]  # an image, its labels
-
-
-def labelled_images(folder: str | Path) -> list[Pair]:
-    """(image, labels) files of a folder of images/ and labels/, matched by name without ending, in order of names.
-
-    Raises:
-        UserError: a folder is missing, or no two names match.
-    """
-    folder = Path(folder)
-    found = []
-    for part in ("images", "labels"):
-        if not (folder / part).is_dir():
-            raise UserError(f"{folder} has no {part}/: images/ and labels/ with the same names are needed")
-        found.append({path.stem: path for path in sorted((folder / part).iterdir()) if path.is_file()})
-    images, labels = found
-    pairs = [(path, labels[stem]) for stem, path in images.items() if stem in labels]
-    if len(pairs) < 2:
-        raise UserError(f"{folder}: {len(pairs)} files of images/ have labels of the same name; 2 are needed")
-    return pairs
 
 
 @torch.no_grad()
@@ -63,7 +41,7 @@ def patch_knn(
 
     Args:
         model: a backbone.
-        pairs: image and label files; labels are class numbers in one channel.
+        pairs: two or more, see `dense.labelled.matched`; labels are class numbers in one channel.
         side: short side in pixels the images are resized to; the other keeps the aspect, to a whole patch.
         ignore: label that does not count.
         k: neighbours.
@@ -80,17 +58,11 @@ def patch_knn(
     model.eval()
     halves: list[tuple[list[NDArray[np.float32]], list[NDArray[np.int64]]]] = [([], []), ([], [])]
     patch = model.config.patch_size
-    for number, (image_path, label_path) in enumerate(pairs):
+    for number, (_, image_path, label_path) in enumerate(pairs):
         try:
-            pixels = decode(image_path.read_bytes())
-            with Image.open(label_path) as opened:
-                labels_HW = np.asarray(opened)
+            pixels, labels_HW = decode(image_path.read_bytes()), read_labels(label_path)
         except (BadImage, OSError) as error:
             raise UserError(f"{image_path} or {label_path} cannot be read: {error}") from error
-        if labels_HW.ndim != 2:
-            raise UserError(
-                f"{label_path} has {labels_HW.shape[-1]} channels; class numbers in one are needed"
-            )
         height, width = pixels.shape[:2]
         scale = side / min(height, width)
         rows, columns = (max(1, round(scale * length / patch)) for length in (height, width))
@@ -110,7 +82,7 @@ def patch_knn(
         parts.append((features_ND[chosen], classes_N[chosen]))
     (train, train_classes), (test, test_classes) = parts
     if not len(train_classes) or not len(test_classes):
-        raise UserError(f"all pixels of {pairs[0][1].parent} have the label to ignore, {ignore}")
+        raise UserError(f"all pixels of {pairs[0].target.parent} have the label to ignore, {ignore}")
     predicted = knn_predict(train, train_classes, test, min(k, len(train)), device=device)
     ious = []
     for number in np.unique(test_classes):
@@ -122,7 +94,7 @@ def patch_knn(
     }
 
 
-def _patch_classes(labels_HW: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.int64]:
+def _patch_classes(labels_HW: NDArray[np.integer], rows: int, columns: int) -> NDArray[np.int64]:
     """(rows * columns,) the class of most pixels of each patch; of equals the lower one."""
     labels = torch.from_numpy(labels_HW.astype(np.int64))
     one_hot = F.one_hot(labels).permute(2, 0, 1)[None].float()

@@ -301,9 +301,14 @@ def _evaluation(recipe: Recipe, parallel: Parallel) -> Evaluation | None:
             )
         parts.append(lambda model: {"knn": split_knn(model, source, crop=side, device=device)})
     if data.dense_evaluation:
-        from unlabeled.evaluate.dense import labelled_images, patch_knn
+        from unlabeled.dense.labelled import matched
+        from unlabeled.evaluate.dense import patch_knn
 
-        pairs = labelled_images(data.dense_evaluation)
+        pairs, _ = matched(data.dense_evaluation, "labels")
+        if len(pairs) < 2:
+            raise UserError(
+                f"--eval-dense {data.dense_evaluation} has one pair of image and labels; 2 are needed"
+            )
         parts.append(lambda model: patch_knn(model, pairs, side, data.dense_ignore, device=device))
     if not parts:
         return None
