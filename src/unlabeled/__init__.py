@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unlabeled import evaluate as evaluate
+    from unlabeled.dense.reference import segment as segment
     from unlabeled.errors import UserError as UserError
     from unlabeled.features.attention import attention as attention
     from unlabeled.features.embed import embed as embed
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "UserError": "unlabeled.errors",
+    "segment": "unlabeled.dense.reference",
     "attention": "unlabeled.features.attention",
     "embed": "unlabeled.features.embed",
     "Extractor": "unlabeled.features.extractor",

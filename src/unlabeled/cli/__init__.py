@@ -19,6 +19,7 @@ for group in (
     "show",
     "scenes",
     "evaluate",
+    "segment",
 ):  # in the order in which --help lists them
     import_module(f"unlabeled.cli.{group}")
 

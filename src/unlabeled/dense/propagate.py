@@ -1,0 +1,147 @@
+"""A first frame's mask through a video: each patch takes the labels of the most similar patches near it, before it.
+
+Shape suffixes: K frames, C classes, D width, h w patches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+TOP = 5
+NEIGHBOURHOOD = 12  # patches, to each side
+MEMORY = 7  # last frames, beside the first
+TEMPERATURE = 0.1
+_TILE = 8  # patches: a square of them is compared with a square of the other frames at once
+
+
+class Labelled(NamedTuple):
+    """A frame of which something is known."""
+
+    features: NDArray[np.float32]  # (h, w, D), of length 1
+    labels: NDArray[np.float32]  # (C, h, w), shares of classes
+
+
+class Propagation:
+    """The frames that the next one takes its labels from: the first, and the last few.
+
+    Args:
+        memory: how many of the last frames are kept, the first not counted.
+        top, neighbourhood, temperature: see `propagated`.
+
+    Attributes:
+        first: the frame whose mask is given.
+        last: the last frames, the oldest first.
+    """
+
+    def __init__(
+        self,
+        memory: int = MEMORY,
+        top: int = TOP,
+        neighbourhood: int = NEIGHBOURHOOD,
+        temperature: float = TEMPERATURE,
+    ) -> None:
+        self.first: Labelled | None = None
+        self.last: deque[Labelled] = deque(maxlen=memory)
+        self.top, self.neighbourhood, self.temperature = top, neighbourhood, temperature
+
+    def begin(self, first: Labelled) -> Labelled:
+        """Take the frame whose mask is given, and return it."""
+        self.first = first
+        self.last.clear()
+        return first
+
+    def next(self, features_hwD: NDArray[np.float32]) -> Labelled:
+        """Return the next frame with its labels, and keep it; `begin` is called before."""
+        assert self.first is not None
+        context = [self.first, *self.last]
+        labels_Chw = propagated(features_hwD, context, self.top, self.neighbourhood, self.temperature)
+        frame = Labelled(features_hwD, labels_Chw)
+        self.last.append(frame)
+        return frame
+
+
+@torch.inference_mode()
+def propagated(
+    features_hwD: NDArray[np.float32],
+    context: Sequence[Labelled],
+    top: int = TOP,
+    neighbourhood: int = NEIGHBOURHOOD,
+    temperature: float = TEMPERATURE,
+) -> NDArray[np.float32]:
+    """Return the labels of a frame's patches, (C, h, w), from frames of the same grid whose labels are known.
+
+    The protocol of DINO (arXiv 2104.14294, section 4.2.2; Jabri et al. 2020) on DAVIS: of all patches of all those
+    frames that are at most `neighbourhood` rows and columns away, the `top` most similar ones count, with the weights
+    softmax(cosine / temperature).
+
+    features: of length 1.
+    """
+    h, w, _ = features_hwD.shape
+    targets = torch.from_numpy(np.ascontiguousarray(features_hwD))
+    sources = torch.from_numpy(np.stack([frame.features for frame in context]))
+    labels_KhwC = torch.from_numpy(np.stack([frame.labels for frame in context])).permute(0, 2, 3, 1)
+    result = torch.empty(h, w, labels_KhwC.shape[-1])
+    for top_row in range(0, h, _TILE):
+        for left in range(0, w, _TILE):
+            rows = slice(top_row, min(h, top_row + _TILE))
+            columns = slice(left, min(w, left + _TILE))
+            around = (
+                slice(max(0, rows.start - neighbourhood), min(h, rows.stop + neighbourhood)),
+                slice(max(0, columns.start - neighbourhood), min(w, columns.stop + neighbourhood)),
+            )
+            result[rows, columns] = _tile(
+                targets[rows, columns],
+                sources[:, around[0], around[1]],
+                labels_KhwC[:, around[0], around[1]],
+                _near(rows, around[0], neighbourhood),
+                _near(columns, around[1], neighbourhood),
+                top,
+                temperature,
+            )
+    return result.permute(2, 0, 1).contiguous().numpy()
+
+
+def _near(here: slice, there: slice, most: int) -> Tensor:
+    """Whether rows, or columns, are at most so far from each other, (here, there)."""
+    return (
+        torch.arange(here.start, here.stop)[:, None] - torch.arange(there.start, there.stop)
+    ).abs() <= most
+
+
+def _tile(
+    targets_rcD: Tensor,
+    sources_KRSD: Tensor,
+    labels_KRSC: Tensor,
+    near_rR: Tensor,
+    near_cS: Tensor,
+    top: int,
+    temperature: float,
+) -> Tensor:
+    """`propagated` of a rectangle (r, c) from what is around it, (R, S)."""
+    r, c, D = targets_rcD.shape
+    near = (near_rR[:, None, :, None] & near_cS[None, :, None, :]).flatten(2).flatten(0, 1)
+    cosines = targets_rcD.reshape(-1, D) @ sources_KRSD.reshape(-1, D).T
+    cosines = cosines.view(r * c, len(sources_KRSD), -1).masked_fill_(~near[:, None], -torch.inf).flatten(1)
+    best, places = cosines.topk(min(top, cosines.shape[1]), dim=1)
+    weights = torch.softmax(best / temperature, dim=1)  # what is not near has none
+    return (weights[:, :, None] * labels_KRSC.flatten(0, 2)[places]).sum(1).view(r, c, -1)
+
+
+def normalised(maps_CHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return each map from 0 at its least to 1 at its most, as the protocol does before the classes are compared.
+
+    A map that has no positive value stays as it is, and one that is the same everywhere.
+    """
+    low = maps_CHW.min((1, 2), keepdims=True)
+    high = maps_CHW.max((1, 2), keepdims=True)
+    scaled: NDArray[np.float32] = np.where(
+        (high > 0) & (high > low), (maps_CHW - low) / np.maximum(high - low, 1e-12), maps_CHW
+    )
+    return scaled
