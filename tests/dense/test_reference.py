@@ -10,7 +10,9 @@ from tests.dense.discs import make_local_model, scene
 from unlabeled import UserError
 from unlabeled.dense.masks import patch_shares
 from unlabeled.dense.reference import (
+    PRIOR,
     RIDGE,
+    TEMPERATURE,
     decided,
     learn_prototypes,
     open_references,
@@ -49,18 +51,44 @@ def test_one_prototype_a_class_is_the_weighed_mean_of_its_patches() -> None:
     rows = features.reshape(-1, D)
     mean, W = whitened_plainly(rows)
     white = unit((rows - mean) @ W)
-    expected = []
+    expected, sums = [], []
     for number in (0, 1):
         shares = patch_shares(inside == number, (h, w)).ravel()
         total = np.zeros(D)
         for share, row in zip(shares, white, strict=True):
             total += share * row
         expected.append(unit(total))
+        sums.append(shares.sum())
     np.testing.assert_allclose(found.vectors, expected, atol=2e-4)
     segmentation = found.segment(target)
     target_rows = patch_features(model, target, 64)
     cosines = unit((target_rows - mean) @ W) @ np.array(expected).T
-    np.testing.assert_allclose(segmentation.similarity, cosines.transpose(2, 0, 1), atol=1e-3)
+    # Of one prototype the soft maximum is the cosine, less what the rarer class is less expected.
+    rarer = TEMPERATURE * PRIOR * np.log(np.array(sums) / max(sums))
+    np.testing.assert_allclose(segmentation.similarity, (cosines + rarer).transpose(2, 0, 1), atol=1e-3)
+
+
+def test_similarity_is_the_soft_maximum_of_a_plain_loop() -> None:
+    model = make_local_model(depth=1)
+    reference, inside = scene(1)
+    found = learn_prototypes(
+        model, open_references(reference, inside), num_prototypes=5, size=64, device="cpu"
+    )
+    assert (np.bincount(found.owners) <= 5).all() and len(found.owners) > 5
+    totals = [float(found.weights[found.owners == place].sum()) for place in (0, 1)]
+    areas = [1 - inside.mean(), inside.mean()]
+    assert totals == pytest.approx([(area / max(areas)) ** PRIOR for area in areas], rel=1e-3)
+    features = patch_features(model, scene(3)[0], 64)
+    for row, column in ((0, 0), (2, 5), (7, 10)):
+        x = unit((features[row, column].astype(np.float64) - found.mean) @ found.whitening)
+        for place in (0, 1):
+            total = 0.0
+            for vector, weight, owner in zip(found.vectors, found.weights, found.owners, strict=True):
+                if owner == place:
+                    total += float(weight) * np.exp(float(x @ vector) / TEMPERATURE)
+            value = found.similarity(features)[place, row, column]
+            assert value == pytest.approx(TEMPERATURE * np.log(total), abs=1e-4)
+            assert value <= 1
 
 
 @settings(max_examples=15, deadline=None)
@@ -113,7 +141,7 @@ def test_the_object_is_found_at_every_size_and_shape(local_model: unlabeled.Visi
         assert set(np.unique(found.mask)) == {0, 255}
         assert ((found.margin > 0) == (found.mask == 255)).mean() > 0.999
         assert region_similarity(found.mask == 255, truth) > 0.75
-        assert found.similarity.min() >= -1 and found.similarity.max() <= 1
+        assert found.margin.min() >= -1 and found.similarity.max() <= 1
 
 
 def test_several_references_classes_and_targets(local_model: unlabeled.VisionTransformer) -> None:
@@ -176,13 +204,13 @@ def test_options_out_of_range(local_model: unlabeled.VisionTransformer, options:
 
 def test_bad_references_and_models(local_model: unlabeled.VisionTransformer) -> None:
     pixels, inside = scene(1)
-    with pytest.raises(UserError, match="image 1: .* smaller than one patch"):
+    with pytest.raises(UserError, match=r"image 1: .* smaller than one patch"):
         unlabeled.segment(local_model, pixels, pixels[:5], inside[:5] | (np.arange(128) < 9), device="cpu")
     with pytest.raises(UserError, match="at least one reference"):
         unlabeled.segment(local_model, pixels, [], [], device="cpu")
     with pytest.raises(UserError, match="2 references have 1 masks"):
         unlabeled.segment(local_model, pixels, [pixels, pixels], inside, device="cpu")
-    with pytest.raises(UserError, match="missing.jpg cannot be read"):
+    with pytest.raises(UserError, match=r"missing\.jpg cannot be read"):
         unlabeled.segment(local_model, pixels, "missing.jpg", inside, device="cpu")
     with pytest.raises(UserError, match="no_model"):
         unlabeled.segment("no_model", pixels, pixels, inside, device="cpu")

@@ -24,8 +24,10 @@ from unlabeled.features.inputs import ImageLike, as_pixels
 if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
 
-PROTOTYPES = 32  # a class
-RIDGE = 0.2  # of the covariance's mean variance, added to each of its variances
+PROTOTYPES = 128  # a class
+RIDGE = 0.5  # of the covariance's mean variance, added to each of its variances
+TEMPERATURE = 0.05  # of the soft maximum over a class's prototypes
+PRIOR = 0.5  # power of a class's share of the marked patches
 SMALLEST_GRID = 37  # patches along the short side, of the released models' images; a smaller grid is coarse
 ITERATIONS = 20  # of k-means
 SAMPLE = 1000  # patches a prototype that k-means sees at most
@@ -38,7 +40,7 @@ class Segmentation(NamedTuple):
     margin: NDArray[
         np.float32
     ]  # (H, W) similarity of the first class less the second's; object less background
-    similarity: NDArray[np.float32]  # (C, h, w) cosine with the class's most similar prototype, in [-1, 1]
+    similarity: NDArray[np.float32]  # (C, h, w), see `Prototypes.similarity`; at most 1
     classes: tuple[int, ...]  # 0 and 1 for masks of one object
 
 
@@ -48,6 +50,8 @@ class Prototypes:
 
     Attributes:
         vectors: float32 (P, D), of length 1.
+        weights: float32 (P,), positive; those of a class sum to (its share / the largest class's share) ** PRIOR of the
+            marked patches, and within it each has that of the patches it stands for.
         owners: int64 (P,), the place of each prototype's class in `classes`.
         mean, whitening: float32 (D,) and (D, D): features x become (x - mean) @ whitening before a cosine is taken.
         classes: numbers, in ascending order.
@@ -56,6 +60,7 @@ class Prototypes:
     """
 
     vectors: NDArray[np.float32]
+    weights: NDArray[np.float32]
     owners: NDArray[np.int64]
     mean: NDArray[np.float32]
     whitening: NDArray[np.float32]
@@ -67,7 +72,7 @@ class Prototypes:
     def identity(self) -> dict[str, Any]:
         """Everything that fixes a target's mask, as JSON types."""
         digest = hashlib.sha256()
-        for array in (self.vectors, self.owners, self.mean, self.whitening):
+        for array in (self.vectors, self.weights, self.owners, self.mean, self.whitening):
             digest.update(array.tobytes())
         return {
             "features": self.extractor.identity,
@@ -88,10 +93,16 @@ class Prototypes:
         return Segmentation(mask, margin_HW, similarity_Chw, self.classes)
 
     def similarity(self, features_hwD: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the cosine of each patch with the most similar prototype of each class, (C, h, w)."""
+        """Return how similar each patch is to each class, (C, h, w), at most 1.
+
+        A soft maximum of the cosines with the class's prototypes: t log sum_p weight_p exp(cosine_p / t), t being
+        TEMPERATURE.
+        """
         cosines_NP = unit_rows((features_hwD - self.mean) @ self.whitening) @ self.vectors.T
-        nearest = [cosines_NP[:, self.owners == place].max(1) for place in range(len(self.classes))]
-        return np.stack(nearest).clip(-1, 1).reshape(-1, *features_hwD.shape[:2])
+        powers_NP = np.exp((cosines_NP - 1) / TEMPERATURE) * self.weights
+        sums_CN = np.stack([powers_NP[:, self.owners == c].sum(1) for c in range(len(self.classes))])
+        similarity_CN = 1 + TEMPERATURE * np.log(sums_CN)
+        return similarity_CN.astype(np.float32).reshape(-1, *features_hwD.shape[:2])
 
 
 class References(NamedTuple):
@@ -197,13 +208,24 @@ def learn_prototypes(
     )
     mean, whitening = whitened(features_ND)
     rows_ND = unit_rows((features_ND - mean) @ whitening)
-    found = [
-        spherical_kmeans(rows_ND[shares_N > 0], shares_N[shares_N > 0], num_prototypes, seed)
-        for shares_N in shares_CN
-    ]
-    owners = np.repeat(np.arange(len(found)), [len(one) for one in found])
+    vectors, weights = [], []
+    marked_C = shares_CN.sum(1, dtype=np.float64)
+    for shares_N, marked in zip(shares_CN, marked_C, strict=True):
+        rows, shares = rows_ND[shares_N > 0], shares_N[shares_N > 0]
+        means = spherical_kmeans(rows, shares, num_prototypes, seed)
+        stands_for = np.bincount((rows @ means.T).argmax(1), shares, len(means))
+        vectors.append(means[stands_for > 0])
+        weights.append(stands_for[stands_for > 0] / marked * (marked / marked_C.max()) ** PRIOR)
     return Prototypes(
-        np.concatenate(found), owners, mean, whitening, labels.classes, labels.is_binary, extractor, radius
+        np.concatenate(vectors),
+        np.concatenate(weights, dtype=np.float32),
+        np.repeat(np.arange(len(vectors)), [len(one) for one in vectors]),
+        mean,
+        whitening,
+        labels.classes,
+        labels.is_binary,
+        extractor,
+        radius,
     )
 
 
