@@ -35,7 +35,7 @@ def segment(
     classes: Annotated[
         str | None, typer.Option(help="Names of the classes by number, as in sky,building,road.")
     ] = None,
-    prototypes: Annotated[int | None, typer.Option(help="Of a class, at most; 32 by default.")] = None,
+    prototypes: Annotated[int | None, typer.Option(help="Of a class, at most; 128 by default.")] = None,
     size: Annotated[
         int | None,
         typer.Option(help="Short side in pixels that the model sees; by default that of its training images, and at "
@@ -116,11 +116,8 @@ def _propagate(
     given: list[Any] = masks
     if reference:
         extra = {} if prototypes is None else {"num_prototypes": prototypes}
-        given = [
-            learn_prototypes(model, open_references(reference, masks, names), **options, **extra)
-            .segment(first.pixels)
-            .mask
-        ]
+        learned = learn_prototypes(model, open_references(reference, masks, names), **(options | extra))
+        given = [learned.segment(first.pixels).mask]
     elif prototypes is not None:
         raise UserError("--prototypes are of a --reference; a first frame's mask is propagated without.")
     height, width = first.pixels.shape[:2]

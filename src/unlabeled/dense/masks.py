@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +115,7 @@ def labels_of(
             ]
             maps.append(_of_objects(parts))
         else:
-            maps.append(_sized(mask, name, shape, image))
+            maps.append(_sized(cast("MaskLike", mask), name, shape, image))
         names.append(name)
     values = np.unique(np.concatenate([np.unique(labels) for labels in maps]))
     is_binary = not any(lists) and set(values.tolist()) <= {0, OBJECT}

@@ -101,7 +101,8 @@ def propagate_data(
                     places_HW, _ = decided(known.labels, frame.pixels, radius)
                     mask_HW = mask_values(labels.classes, labels.is_binary)[places_HW]
                 else:
-                    known = state.propagation.begin(Labelled(unit, _shares(labels, unit.shape[:2])))
+                    shares = _shares(labels, unit)
+                    known = state.propagation.begin(Labelled(unit, shares))
                     mask_HW = labels.maps[0] * np.uint8(OBJECT) if labels.is_binary else labels.maps[0]
                 state.save(done, known)
                 save_image(mask_HW, path)
@@ -167,8 +168,9 @@ def _refused(frame: Frame, labels: Labels, is_first: bool) -> str:
     return f"{size}, and the first frame has {wanted}"
 
 
-def _shares(labels: Labels, grid: tuple[int, int]) -> NDArray[np.float32]:
-    return np.stack([patch_shares(labels.maps[0] == number, grid) for number in labels.classes])
+def _shares(labels: Labels, features_hwD: NDArray[np.float32]) -> NDArray[np.float32]:
+    h, w, _ = features_hwD.shape
+    return np.stack([patch_shares(labels.maps[0] == number, (h, w)) for number in labels.classes])
 
 
 class _State:

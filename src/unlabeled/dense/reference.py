@@ -98,11 +98,12 @@ class Prototypes:
         A soft maximum of the cosines with the class's prototypes: t log sum_p weight_p exp(cosine_p / t), t being
         TEMPERATURE.
         """
-        cosines_NP = unit_rows((features_hwD - self.mean) @ self.whitening) @ self.vectors.T
+        white_hwD = ((features_hwD - self.mean) @ self.whitening).astype(np.float32, copy=False)
+        cosines_NP = unit_rows(white_hwD) @ self.vectors.T
         powers_NP = np.exp((cosines_NP - 1) / TEMPERATURE) * self.weights
         sums_CN = np.stack([powers_NP[:, self.owners == c].sum(1) for c in range(len(self.classes))])
-        similarity_CN = 1 + TEMPERATURE * np.log(sums_CN)
-        return similarity_CN.astype(np.float32).reshape(-1, *features_hwD.shape[:2])
+        similarity_CN: NDArray[np.float32] = (1 + TEMPERATURE * np.log(sums_CN)).astype(np.float32)
+        return similarity_CN.reshape(-1, *features_hwD.shape[:2])
 
 
 class References(NamedTuple):
@@ -145,9 +146,12 @@ def open_references(
     Raises UserError: something cannot be read, or an image and a mask do not fit each other.
     """
     if isinstance(reference, list | tuple):
-        images, masks = list(reference), list(mask) if isinstance(mask, list | tuple) else [mask]
+        images, masks = (
+            list(reference),
+            cast("list[MaskLike]", list(mask) if isinstance(mask, list | tuple) else [mask]),
+        )
     else:
-        images, masks = [reference], [mask]
+        images, masks = [cast("ImageLike", reference)], cast("list[MaskLike]", [mask])
     if not images:
         raise UserError("Segmentation by reference needs at least one reference and its mask.")
     pixels = [as_pixels(image) for image in images]
@@ -189,7 +193,8 @@ def learn_prototypes(
     extractor = dense_extractor(model, size, layer, device)
     for name, image in zip(references.names, references.images, strict=True):
         try:  # before the work
-            patch_grid(*image.shape[:2], extractor.preprocessing.patch_size, extractor.preprocessing.size)
+            height, width = image.shape[:2]
+            patch_grid(height, width, extractor.preprocessing.patch_size, extractor.preprocessing.size)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     grids = cast("list[NDArray[np.float32]]", extractor(references.images))
