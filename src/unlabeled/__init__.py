@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unlabeled import curate as curate
     from unlabeled import evaluate as evaluate
     from unlabeled.dense.reference import segment as segment
     from unlabeled.errors import UserError as UserError
@@ -57,8 +58,8 @@ _PLACES = {
     "VisionTransformer": "unlabeled.vit",
     "load_model": "unlabeled.weights.load",
 }
-_PACKAGES = ("evaluate", "finetune", "pretrain")
-__all__ = ["__version__", "evaluate", "finetune", "pretrain", *_PLACES]
+_PACKAGES = ("curate", "evaluate", "finetune", "pretrain")
+__all__ = ["__version__", "curate", "evaluate", "finetune", "pretrain", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:

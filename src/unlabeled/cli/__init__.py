@@ -16,6 +16,7 @@ for group in (
     "models",
     "features",
     "search",
+    "curate",
     "show",
     "scenes",
     "evaluate",

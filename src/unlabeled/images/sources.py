@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from unlabeled.errors import UserError
 
 MAX_CLASSES = 1_000_000  # numbers up to this are labels as they are; beyond, they are names
+LIST_NAME = "curated.csv"  # the images of a folder that has this are those it lists
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"))
 
 
@@ -91,7 +92,8 @@ def open_source(data: str | Path) -> Source:
 
     Args:
         data: a folder of images (any depth), a .tar or a folder or glob of them (webdataset layout), a
-            .parquet or a folder or glob of them, a .txt or .csv list of paths, or hf:NAME[:SPLIT].
+            .parquet or a folder or glob of them, a .txt or .csv list of paths, what `unlabeled curate` wrote,
+            or hf:NAME[:SPLIT].
 
     Raises:
         UserError: nothing is there, or nothing of a kind that is read.
@@ -105,6 +107,8 @@ def open_source(data: str | Path) -> Source:
         return open_hugging_face(text)
     path = Path(text).expanduser()
     if path.is_dir():
+        if (path / LIST_NAME).is_file():
+            return open_list(text, path / LIST_NAME)
         return _shards(text, _shards_in(path)) or open_folder(text, path)
     files = [path] if path.is_file() else _expanded(str(path))
     if not files:

@@ -9,13 +9,15 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from unlabeled.errors import UserError
 from unlabeled.pretrain.crops import CropRecipe
 from unlabeled.vit_config import SIZES, VitConfig, vit_config
 
 LARGEST_CROP = 8192  # pixels
+
+AnyRecipe = TypeVar("AnyRecipe")
 
 
 @dataclass(frozen=True)
@@ -184,12 +186,24 @@ def field_types(recipe: Any) -> dict[str, Any]:
 
 
 def override(recipe: Recipe, values: dict[str, Any], where: str) -> Recipe:
-    """The recipe with some fields set.
+    """The recipe with some fields set, and checked; see `with_fields`.
+
+    Raises:
+        UserError: a name is unknown, a value has the wrong type, or is out of its range.
+    """
+    recipe = with_fields(recipe, values, where, "`unlabeled info recipes` lists all fields")
+    check(recipe, where)
+    return recipe
+
+
+def with_fields(recipe: AnyRecipe, values: dict[str, Any], where: str, listed: str) -> AnyRecipe:
+    """A recipe of any kind with some fields set.
 
     Args:
-        recipe: the one to start from.
+        recipe: frozen dataclasses; the one to start from.
         values: dotted field name ("optimizer.lr") -> value, or its text.
         where: what the values come from, for the error ("the command line", a file).
+        listed: where a user finds all fields, for the error.
 
     Raises:
         UserError: a name is unknown (the near one is suggested) or a value has the wrong type.
@@ -200,10 +214,9 @@ def override(recipe: Recipe, values: dict[str, Any], where: str) -> Recipe:
             near = difflib.get_close_matches(name, kinds, 1, cutoff=0.5)
             last = [known for known in kinds if known.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
             guess = (last or near or [None])[0]
-            hint = f"did you mean {guess}?" if guess else "`unlabeled info recipes` lists all fields"
+            hint = f"did you mean {guess}?" if guess else listed
             raise UserError(f"{where} sets {name}, which no recipe has: {hint}")
         recipe = _replaced(recipe, name, _converted(name, value, kinds[name], where))
-    check(recipe, where)
     return recipe
 
 
@@ -298,6 +311,8 @@ def _converted(name: str, value: Any, kind: Any, where: str) -> Any:
             return value
         wanted = "one of " + ", ".join(map(str, arguments))
     elif origin is tuple:
+        if arguments[-1] is ... and not isinstance(value, (list, tuple)):
+            value = [value] if value != "" else []
         if isinstance(value, (list, tuple)) and (len(value) == len(arguments) or arguments[-1] is ...):
             one = arguments[0]
             return tuple(_converted(name, item, one, where) for item in value)

@@ -116,14 +116,14 @@ def named_recipe(name: str) -> Recipe:
     return recipes[name]
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write every field as TOML; `read_recipe` gives the same recipe back."""
-    lines = [f"name = {json.dumps(recipe.name)}"]
-    for section in dataclasses.fields(recipe):
-        part = getattr(recipe, section.name)
-        if dataclasses.is_dataclass(part):
-            lines += ["", f"[{section.name}]"]
-            lines += [f"{item.name} = {_toml(getattr(part, item.name))}" for item in dataclasses.fields(part)]
+def write_recipe(recipe: Any, path: Path) -> None:
+    """Write every field of a recipe of any kind as TOML, those without a section first."""
+    parts = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
+    sections = {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
+    lines = [f"{name} = {_toml(value)}" for name, value in parts.items() if name not in sections]
+    for name, part in sections.items():
+        lines += ["", f"[{name}]"]
+        lines += [f"{item.name} = {_toml(getattr(part, item.name))}" for item in dataclasses.fields(part)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

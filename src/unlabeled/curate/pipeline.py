@@ -1,0 +1,314 @@
+"""A pile of images to a pretraining set: the steps in order, each kept on disk, and a report of every decision.
+
+    CURATED/curated.csv or curated-000000.tar   the images that are kept: DATA
+    CURATED/recipe.toml                         every threshold
+    CURATED/curation.json                       what was curated, and the counts of each step
+    CURATED/report/                             index.html, lineage.parquet, pictures
+    CURATED/work/                               what a stopped run goes on from; may be deleted
+
+Each step is kept with a hash of all that it depends on: run again, only what has changed is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unlabeled.curate import steps as do
+from unlabeled.curate.blocks import Integers
+from unlabeled.curate.collect import collect, is_url_list
+from unlabeled.curate.lineage import Outcome, kept_or_made, write_lineage
+from unlabeled.curate.measured import measure_source
+from unlabeled.curate.output import write_output
+from unlabeled.curate.recipe import NO_MODEL, STEPS, CurateRecipe, resolved
+from unlabeled.curate.report import write_report
+from unlabeled.errors import UserError, writing
+from unlabeled.features.table import content_hash
+from unlabeled.images.sources import Source, open_source
+from unlabeled.pretrain.recipes import write_recipe
+from unlabeled.progress import Progress
+from unlabeled.weights.files import replacing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT = "unlabeled curation 1"
+SAMPLED = 64  # images of DATA that are read to see whether it is still the same
+
+
+@dataclass(frozen=True)
+class Curated:
+    """What a curation made.
+
+    Attributes:
+        path: the folder, which is DATA.
+        counts: by step, in order: images in, dropped and kept, and how many for each reason.
+        report: the page; lineage: the table of all images.
+    """
+
+    path: Path
+    counts: dict[str, dict[str, Any]]
+    report: Path
+    lineage: Path
+
+
+def curate(
+    data: str | Path,
+    out: str | Path,
+    *,
+    seeds: str | Path | Sequence[str | Path] = (),
+    exclude: str | Path | Sequence[str | Path] = (),
+    model: str | Path | None = None,
+    count: int | None = None,
+    recipe: str | Path | CurateRecipe | None = None,
+    steps: Sequence[str] = STEPS,
+    shards: bool = False,
+    memory: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    overrides: dict[str, Any] | None = None,
+    console: Console | None = None,
+) -> Curated:
+    """Turn uncurated images into a pretraining set: DATA at `out`, with a report of every decision.
+
+    A run that was stopped goes on where it was; a changed recipe does again what depends on it.
+
+    Args:
+        data: DATA, or a list of URLs (.parquet, .csv or .tsv with a column url, .txt), which are fetched first.
+        out: the folder to make.
+        seeds: DATA, or several; only images like these are kept.
+        exclude: DATA, or several; images too near to these are dropped.
+        model: MODEL of the features; "none" leaves out what needs features. By default the recipe's.
+        count: images wanted, by balanced sampling; by default all that are left.
+        recipe: a TOML file or a CurateRecipe.
+        steps: some of quality, duplicates, decontaminate, retrieve, cluster.
+        shards: write tar shards also where DATA is files.
+        memory: that arrays may take, as "4GB". workers: threads; neither changes the result.
+        overrides: dotted recipe fields, as {"quality.min_blur": 40}.
+        console: where progress is shown; nowhere by default.
+
+    Raises:
+        UserError: bad DATA, recipe or folder, DATA that changed since, no image left, a full disk.
+    """
+    if unknown := set(steps) - set(STEPS):
+        raise UserError(f"There is no step {min(unknown)!r} of curation; the steps are {', '.join(STEPS)}.")
+    given = dict(overrides or {}) | {
+        "features.model": None if model is None else str(model),
+        "cluster.count": count,
+        "run.memory": memory,
+        "run.workers": workers,
+    }
+    values = resolved(recipe, given)
+    folder = Path(out).expanduser()
+    exclude_data, seed_data = _several(exclude), _several(seeds)
+    wanted = _wanted(steps, values, exclude_data, seed_data)
+    for one in (*exclude_data, *seed_data):
+        open_source(one)  # before hours of other work
+    _claim(folder)
+    text = _lasting(data)
+    if is_url_list(text):
+        text = str(collect(text, folder / "work" / "collected", values.collect, console=console).path)
+    source = open_source(text)
+    _check_same(folder, text, source)
+    with writing(folder), replacing(folder / "recipe.toml") as part:
+        write_recipe(values, part)
+    scorer = values.quality.scorer
+    pixels_scorer = "" if scorer.endswith(do.HEADS) or "quality" not in wanted else scorer
+    name = (
+        f"measured-{hashlib.sha256(pixels_scorer.encode()).hexdigest()[:8]}" if pixels_scorer else "measured"
+    )
+    measured = measure_source(
+        source, folder / "work" / name, scorer=pixels_scorer, workers=values.run.workers, console=console
+    )
+    work = do.Work(
+        text,
+        source,
+        folder / "work",
+        measured,
+        values,
+        exclude_data,
+        seed_data,
+        device=device,
+        console=console,
+    )
+    outcomes, alive = _run(work, wanted)
+    counts = _counts(len(source), outcomes)
+    report = folder / "report"
+    keys = work.column("key")
+    write_lineage(report / "lineage.parquet", measured, outcomes, lambda index: str(keys[index]))
+    page = write_report(report, work, outcomes, counts)
+    if not len(alive):
+        last = max(outcomes, key=lambda outcome: outcome.step in counts and counts[outcome.step]["dropped"])
+        raise UserError(
+            f"No image of {data} is left: {last.step} dropped {counts[last.step]['dropped']:,}; {page} says why."
+        )
+    hashes = [str(one) for one in work.column("content_hash")[alive]]
+    bar = Progress(console, "writing", "image", 0, len(alive)) if console else None
+    write_output(folder, source, alive, hashes, shards=shards, progress=bar)
+    _write_state(folder, text, source, counts)
+    return Curated(folder, counts, page, report / "lineage.parquet")
+
+
+def _several(data: str | Path | Sequence[str | Path]) -> list[str]:
+    return [_lasting(one) for one in ([data] if isinstance(data, str | Path) else data)]
+
+
+def _lasting(data: str | Path) -> str:
+    """DATA that means the same from every folder."""
+    text = str(data)
+    return text if text.startswith("hf:") else os.path.abspath(Path(text).expanduser())  # noqa: PTH100
+
+
+def _wanted(
+    steps: Sequence[str], recipe: CurateRecipe, exclude: Sequence[str], seeds: Sequence[str]
+) -> list[str]:
+    """The steps that there is something to do for, in order."""
+    wanted = [step for step in STEPS if step in steps]
+    asked = {"decontaminate": bool(exclude), "retrieve": bool(seeds), "cluster": bool(recipe.cluster.count)}
+    options = {"decontaminate": "--exclude", "retrieve": "--seeds", "cluster": "--count"}
+    if len(wanted) == 1 and not asked.get(wanted[0], True):
+        raise UserError(f"{wanted[0]} needs {options[wanted[0]]}.")
+    wanted = [step for step in wanted if asked.get(step, True)]
+    if recipe.features.model == NO_MODEL:
+        for step, option in options.items():
+            if step in wanted:
+                raise UserError(f"{option} needs features, and the model is none; give a MODEL.")
+        if recipe.quality.scorer.endswith(do.HEADS):
+            raise UserError("quality.scorer is a head on features, and the model is none; give a MODEL.")
+    return wanted
+
+
+def _claim(folder: Path) -> None:
+    """Refuse a folder that is something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out is a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "curation.json").is_file():
+        if {entry.name for entry in folder.iterdir()} <= {"work"}:  # stopped while URLs were fetched
+            return
+        raise UserError(f"{folder} exists and is no curation; choose another --out.")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_same(folder: Path, data: str, source: Source) -> None:
+    """Refuse DATA that is other than when the folder was begun."""
+    file = folder / "curation.json"
+    if not file.is_file():
+        _write_state(folder, data, source, {})
+        return
+    try:
+        held = json.loads(file.read_text())
+        known = held["format"] == FORMAT
+        before, images, sample = held["data"], held["images"], held["sample"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read: {error!r}; choose another --out.") from error
+    if not known:
+        raise UserError(f"{file} is of another format than {FORMAT!r}.")
+    if before != data:
+        raise UserError(f"{folder} is a curation of {before}, not of {data}; choose another --out.")
+    if images != len(source):
+        raise UserError(
+            f"{data} has {len(source):,} images and had {images:,} when {folder} was begun; choose another --out."
+        )
+    if sample != _sample(source):
+        raise UserError(f"{data} has other images than when {folder} was begun; choose another --out.")
+
+
+def _sample(source: Source) -> str:
+    """Hash of some images, evenly spread, with their names."""
+    digest = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(np.int64)):
+        try:
+            sample = source.read(int(index))
+            digest.update(f"{sample.key}\0{content_hash(sample.data)}\n".encode())
+        except OSError:
+            digest.update(b"unreadable\n")
+    return digest.hexdigest()[:32]
+
+
+def _write_state(folder: Path, data: str, source: Source, counts: dict[str, Any]) -> None:
+    state = {
+        "format": FORMAT,
+        "data": data,
+        "images": len(source),
+        "sample": _sample(source),
+        "counts": counts,
+    }
+    with writing(folder), replacing(folder / "curation.json") as part:
+        part.write_text(json.dumps(state, indent=2) + "\n")
+
+
+def _run(work: do.Work, wanted: list[str]) -> tuple[list[Outcome], Integers]:
+    """Do the steps; what each decided, and the images that are left."""
+    recipe = work.recipe
+    everything: dict[str, Any] = {"images": len(work.source), "measured": work.measured[0].parent.name}
+    outcomes: list[Outcome] = []
+    alive: Integers = np.arange(len(work.source))
+    has_model = recipe.features.model != NO_MODEL
+
+    def step(name: str, given: dict[str, Any], make: Callable[[], do.Made]) -> Outcome | None:
+        nonlocal alive
+        if not len(alive):
+            return None
+        identity = everything | given | {"alive": do.hash_of(alive), "seed": recipe.run.seed}
+        outcome = kept_or_made(work.folder / "steps", name, identity, make)
+        outcomes.append(outcome)
+        alive = np.setdiff1d(alive, outcome.dropped, assume_unique=True)
+        return outcome
+
+    quality = asdict(recipe.quality) if "quality" in wanted else {}
+    features = asdict(recipe.features)
+    if "quality" in wanted:
+        needs = features if recipe.quality.scorer.endswith(do.HEADS) else {}
+        step("quality", {"quality": quality, "features": needs}, lambda: do.quality(work, alive))
+    else:
+        step("readable", {}, lambda: do.readable(work, alive))
+    copies = recipe.duplicates
+    if "duplicates" in wanted:
+        if copies.exact:
+            step("exact", {}, lambda: do.exact(work, alive))
+        if copies.hash_distance >= 0:
+            step("perceptual", {"distance": copies.hash_distance}, lambda: do.perceptual(work, alive))
+    pool, group = alive, alive
+    given = {"duplicates": asdict(replace(copies, exact=True, hash_distance=0)), "features": features}
+    if "duplicates" in wanted and has_model and copies.threshold != 2:
+        outcome = step("copies", given, lambda: do.copies(work, alive))
+        if outcome:
+            places = np.searchsorted(pool, outcome.column("index"))
+            group = pool.copy()
+            others = outcome.column("other_index")
+            group[places[others >= 0]] = others[others >= 0]
+    if "decontaminate" in wanted:
+        sets = {"exclude": list(work.exclude), "decontaminate": asdict(recipe.decontaminate)}
+        step(
+            "decontaminate", given | sets, lambda: do.removed(work, *do.with_group(work, pool, group), alive)
+        )
+    if "retrieve" in wanted:
+        sets = {"seeds": list(work.seeds), "retrieve": asdict(recipe.retrieve), "features": features}
+        step("retrieve", sets, lambda: do.retrieve(work, alive))
+    if "cluster" in wanted:
+        step(
+            "cluster",
+            {"cluster": asdict(recipe.cluster), "features": features},
+            lambda: do.cluster(work, alive),
+        )
+    return outcomes, alive
+
+
+def _counts(images: int, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    counts: dict[str, dict[str, Any]] = {}
+    left = images
+    for outcome in outcomes:
+        dropped = len(outcome.dropped)
+        counts[outcome.step] = {
+            "in": left, "dropped": dropped, "kept": left - dropped, "reasons": outcome.reasons()
+        }  # fmt: skip
+        left -= dropped
+    return counts

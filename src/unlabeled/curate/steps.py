@@ -1,0 +1,508 @@
+"""The steps, each a function from the images that are left to an outcome: which of them go, and why.
+
+Shape suffixes: N images of DATA, A images that are left, D width of the features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from unlabeled.curate.blocks import Integers, Resources, parse_bytes
+from unlabeled.curate.calibrate import OperatingPoint, calibrate
+from unlabeled.curate.copies import make_copy
+from unlabeled.curate.decontaminate import decontaminate
+from unlabeled.curate.duplicates import near_duplicates
+from unlabeled.curate.hashes import first_of_each, near_copies
+from unlabeled.curate.hierarchy import hierarchical_kmeans
+from unlabeled.curate.kmeans import kmeans
+from unlabeled.curate.lineage import rows_of
+from unlabeled.curate.measured import head_scores
+from unlabeled.curate.neighbours import pairs_above
+from unlabeled.curate.quality import criteria, failed, fails
+from unlabeled.curate.recipe import CurateRecipe
+from unlabeled.curate.retrieve import from_seed_clusters, nearest_to_seeds
+from unlabeled.curate.sampling import balanced_sample
+from unlabeled.errors import UserError, writing
+from unlabeled.features.embed import embed
+from unlabeled.features.extractor import Extractor
+from unlabeled.features.table import FeatureTable
+from unlabeled.images.decode import BadImage, decode
+from unlabeled.images.sources import Source
+from unlabeled.weights.files import replacing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COPIES_OF_EACH = 4  # made for the calibration
+CALIBRATION_POOL = 100_000  # images that copies are searched among, at most
+IMAGES_PER_CLUSTER = (
+    50  # of the finest level, where levels are chosen; each level has a tenth of the one before
+)
+NEIGHBOURING = (
+    -0.05,
+    -0.02,
+    -0.01,
+    0.0,
+    0.01,
+    0.02,
+    0.05,
+)  # cosines beside a threshold that the report shows
+FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)  # of a limit, the same
+HEADS = (".npz", ".safetensors")  # endings of scorers that are heads on features
+NO_FEATURES = "no features"  # the reason, where the model's extraction could not read an image
+
+Made = tuple[pa.Table, dict[str, Any]]
+
+
+@dataclass
+class Work:
+    """What the steps share: the images, what was measured of them, and their features, made when first asked for.
+
+    Attributes:
+        data: DATA, and `source`, which is it opened.
+        folder: of what is kept between runs.
+        measured: shards of `measure_source`.
+        exclude, seeds: DATA each.
+    """
+
+    data: str
+    source: Source
+    folder: Path
+    measured: Sequence[Path]
+    recipe: CurateRecipe
+    exclude: Sequence[str] = ()
+    seeds: Sequence[str] = ()
+    device: str = "auto"
+    console: Console | None = None
+    _columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    _calibrated: OperatingPoint | None = None
+
+    @property
+    def resources(self) -> Resources:
+        """What the steps on matrices may use."""
+        run = self.recipe.run
+        return Resources(run.workers, parse_bytes(run.memory), self.folder / "blocks", run.seed)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A measured column, (N,); kept once read."""
+        if name not in self._columns:
+            if name in ("side", "aspect"):
+                sides = np.stack((self.column("width"), self.column("height")))
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    self._columns[name] = sides.min(0) if name == "side" else sides.max(0) / sides.min(0)
+            else:
+                column = pa.concat_tables(
+                    [pq.read_table(shard, columns=[name]) for shard in self.measured]
+                ).column(0)
+                self._columns[name] = column.to_numpy()
+        return self._columns[name]
+
+    @cached_property
+    def rank(self) -> Integers:
+        """Place of each image from best to worst: more pixels, then more bytes, then sharper, then first."""
+        pixels = self.column("width").astype(np.int64) * self.column("height")
+        order = np.lexsort((-np.nan_to_num(self.column("blur")), -self.column("bytes"), -pixels))
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        return rank
+
+    def features_of(self, data: str) -> FeatureTable:
+        """The feature table of a DATA, made once for each model and preprocessing."""
+        chosen = self.recipe.features
+        name = hashlib.sha256(json.dumps([asdict(chosen), str(data)]).encode()).hexdigest()[:12]
+        return embed(
+            data, chosen.model, self.folder / f"features-{name}", kind=chosen.kind, size=chosen.size or None,
+            shape=chosen.shape, device=self.device, console=self.console,
+        )  # fmt: skip
+
+    @cached_property
+    def features(self) -> FeatureTable:
+        """Of DATA."""
+        return self.features_of(self.data)
+
+    @cached_property
+    def table_rows(self) -> Integers:
+        """Row of each image in the feature table; -1 where it has none."""
+        rows = np.full(len(self.source), -1, np.int64)
+        index = self.features.rows.column("index").to_numpy()
+        rows[index] = np.arange(len(index))
+        return rows
+
+    def vectors(self, indices: Integers) -> Any:
+        """(A, D) of the images at some indices; on disk, where these are not all."""
+        rows, table = self.table_rows[indices], self.features.vectors
+        if len(rows) == len(table) and (np.diff(rows) == 1).all():
+            return table
+        file = self.folder / "blocks" / f"vectors-{hashlib.sha256(rows.tobytes()).hexdigest()[:12]}.npy"
+        if not file.is_file():
+            with writing(file), replacing(file) as part:
+                out = np.lib.format.open_memmap(part, "w+", table.dtype, (len(rows), table.shape[1]))
+                for start in range(0, len(rows), 65536):
+                    out[start : start + 65536] = table[rows[start : start + 65536]]
+                out.flush()
+                del out
+        return np.load(file, mmap_mode="r")
+
+    def with_features(self, alive: Integers) -> tuple[Integers, Integers]:
+        """Split images into those that have features, and those that do not."""
+        has = self.table_rows[alive] >= 0
+        return alive[has], alive[~has]
+
+    def copy_threshold(self, alive: Integers) -> tuple[float, dict[str, Any]]:
+        """Cosine from which on two images are copies, and how it was found; above 1 where none is precise enough."""
+        number = self.recipe.duplicates.threshold
+        if 0 < number <= 1:
+            return number, {"threshold": number, "calibrated": False}
+        if self._calibrated is None:
+            self._calibrated = self._calibrate(alive)
+        point = self._calibrated
+        return point.threshold, {"calibrated": True} | {
+            name: value if np.isfinite(value) else None for name, value in asdict(point).items()
+        }
+
+    def _calibrate(self, alive: Integers) -> OperatingPoint:
+        recipe, seed = self.recipe.duplicates, self.recipe.run.seed
+        file = self.folder / "calibration.json"
+        identity = json.dumps(
+            [recipe.precision, recipe.calibration_images, seed, self.features.path.name, hash_of(alive)]
+        )
+        if file.is_file():
+            held = json.loads(file.read_text())
+            if held["identity"] == identity:
+                return OperatingPoint(**held["point"])
+        rng = np.random.default_rng([seed, 11])
+        pool = np.sort(rng.choice(alive, min(len(alive), CALIBRATION_POOL), replace=False))
+        some = np.sort(rng.choice(len(pool), min(len(pool), recipe.calibration_images), replace=False))
+        extractor = Extractor.of(self.features.identity, self.device, self.recipe.features.model)
+        copies, sources = [], []
+        for place in some.tolist():
+            try:
+                pixels = decode(self.source.read(int(pool[place])).data)
+            except (BadImage, OSError):
+                continue
+            made = [
+                make_copy(pixels, np.random.default_rng([seed, 12, place, number]))
+                for number in range(COPIES_OF_EACH)
+            ]
+            copies.append(np.asarray(extractor(made)))
+            sources += [place] * COPIES_OF_EACH
+        found = calibrate(
+            self.features.vectors[self.table_rows[pool]],
+            np.concatenate(copies) if copies else np.empty((0, 1), np.float32),
+            sources,
+            precisions=[recipe.precision],
+            resources=self.resources,
+        )
+        with writing(file), replacing(file) as part:
+            part.write_text(json.dumps({"identity": identity, "point": asdict(found.points[0])}))
+        return found.points[0]
+
+
+def hash_of(values: NDArray[Any]) -> str:
+    """Return a hash of the values of an array."""
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
+
+
+def readable(work: Work, alive: Integers) -> Made:
+    """Drop what cannot be read."""
+    bad = work.column("bad")[alive]
+    unread = np.array([reason is not None for reason in bad], bool)
+    return rows_of(alive[unread], "unreadable"), {}
+
+
+def quality(work: Work, alive: Integers) -> Made:
+    """Drop what cannot be read or is beyond a limit of the recipe."""
+    unread, _ = readable(work, alive)
+    tables = [unread]
+    good = np.setdiff1d(alive, unread.column("index").to_numpy(), assume_unique=True)
+    recipe = work.recipe.quality
+    limits = criteria(recipe)
+    columns = {one.column: work.column(one.column)[good] for one, _ in limits if one.name != "score"}
+    if recipe.scorer:
+        columns["score"] = _scores(work, good)
+    numbers = failed(recipe, columns) if len(good) else np.empty(0, np.int8)
+    figures: dict[str, Any] = {"limits": []}
+    for number, (criterion, limit) in enumerate(limits):
+        chosen = numbers == number
+        values = columns[criterion.column]
+        tables.append(rows_of(good[chosen], criterion.name, value=values[chosen], limit=limit))
+        tried = [limit * factor for factor in FACTORS]
+        sides = _beside(criterion.is_minimum, limit, values)
+        figures["limits"].append(
+            {
+                "name": criterion.name,
+                "words": criterion.words,
+                "field": f"quality.{criterion.field}",
+                "limit": limit,
+                "is_minimum": criterion.is_minimum,
+                "dropped": int(chosen.sum()),
+                "alone": {f"{one:.4g}": int(fails(criterion, one, values).sum()) for one in tried},
+                "sides": [good[rows].tolist() for rows in sides],
+                "values": [values[rows].astype(float).tolist() for rows in sides],
+            }
+        )
+    return pa.concat_tables(tables), figures
+
+
+def _scores(work: Work, good: Integers) -> NDArray[np.float32]:
+    if not work.recipe.quality.scorer.endswith(HEADS):
+        return work.column("score")[good].astype(np.float32)
+    scores = np.full(len(good), np.nan, np.float32)
+    has = work.table_rows[good] >= 0
+    scores[has] = head_scores(work.recipe.quality.scorer, work.vectors(good[has]))
+    return scores
+
+
+def _beside(is_minimum: bool, limit: float, values: NDArray[Any], most: int = 6) -> tuple[Integers, Integers]:
+    """Places of the values nearest to a limit: dropped ones, and kept ones."""
+    order = np.argsort(values, kind="stable")
+    order = order[np.isfinite(values[order])]
+    cut = int(np.searchsorted(values[order], np.float32(limit), side="left" if is_minimum else "right"))
+    below, above = order[max(0, cut - most) : cut][::-1], order[cut : cut + most]
+    return (below, above) if is_minimum else (above, below)
+
+
+def exact(work: Work, alive: Integers) -> Made:
+    """Drop all but the first of images of the same bytes."""
+    hashes = work.column("content_hash")[alive].astype(str)
+    first = first_of_each(hashes, alive)
+    copies = first != np.arange(len(alive))
+    rows = rows_of(alive[copies], "same bytes", other_index=alive[first[copies]])
+    return rows, {"groups": _groups(alive[first[copies]], alive[copies])}
+
+
+def perceptual(work: Work, alive: Integers) -> Made:
+    """Drop all but the best of images whose perceptual hashes differ in few bits."""
+    distance = work.recipe.duplicates.hash_distance
+    column = pa.concat_tables([pq.read_table(shard, columns=["hash"]) for shard in work.measured]).column(0)
+    column = column.take(pa.array(alive))
+    has = column.is_valid().to_numpy()
+    hashes = column.drop_null().to_numpy()
+    some = alive[has]
+    best, bits, _ = near_copies(hashes, work.rank[some], distance)
+    copies = best != np.arange(len(some))
+    rows = rows_of(
+        some[copies], "near hash", value=bits[copies], limit=distance, other_index=some[best[copies]]
+    )
+    _, _, wide = near_copies(hashes, work.rank[some], 7)
+    return rows, {
+        "distance": distance,
+        "without": int((~has).sum()),
+        "near": {str(bits): int((wide <= bits).sum()) for bits in range(8)},
+        "groups": _groups(some[best[copies]], some[copies]),
+    }
+
+
+def copies(work: Work, alive: Integers) -> Made:
+    """Drop all but the best of images whose features are nearer than the threshold."""
+    recipe = work.recipe.duplicates
+    alive, without = work.with_features(alive)
+    missing = rows_of(without, NO_FEATURES)
+    threshold, figures = work.copy_threshold(alive)
+    if threshold > 1:
+        return missing, figures | {"groups": []}
+    vectors = work.vectors(alive)
+    found = near_duplicates(
+        vectors,
+        threshold,
+        -work.rank[alive].astype(np.float64),
+        recall=recipe.recall,
+        resources=work.resources,
+    )
+    dropped = ~found.is_kept
+    other = alive[found.representative_N[dropped]]
+    rows = rows_of(
+        alive[dropped], "copy", value=found.similarity_N[dropped], limit=threshold, other_index=other
+    )
+    tried = [threshold + step for step in NEIGHBOURING if 0 < threshold + step <= 1]
+    nearest = np.full(len(alive), -1, np.float32)
+    for pairs in pairs_above(vectors, tried[0], recall=recipe.recall, resources=work.resources):
+        np.maximum.at(nearest, pairs.left_P, pairs.cosines_P)
+        np.maximum.at(nearest, pairs.right_P, pairs.cosines_P)
+    figures |= {
+        "recall": found.recall.value,
+        "recall_bound": found.recall.bound,
+        "pairs": found.pairs,
+        "chained": found.chained,
+        "near": {f"{one:.4f}": int((nearest >= one).sum()) for one in tried},
+        "groups": _groups(other, alive[dropped]),
+    }
+    return pa.concat_tables([missing, rows]), figures
+
+
+def _groups(kept: Integers, dropped: Integers, most: int = 12) -> list[list[int]]:
+    """The largest groups, the kept image first, for the report."""
+    names, starts, counts = np.unique(np.sort(kept), return_index=True, return_counts=True)
+    by_kept = dropped[np.argsort(kept, kind="stable")]
+    chosen = np.argsort(-counts, kind="stable")[:most]
+    return [
+        [int(names[one]), *by_kept[starts[one] : starts[one] + counts[one]][:11].tolist()] for one in chosen
+    ]
+
+
+def with_group(work: Work, pool: Integers, group: Integers) -> tuple[Integers, Integers]:
+    """Leave images without features out of a pool and the numbers of its groups."""
+    has = work.table_rows[pool] >= 0
+    return pool[has], group[has]
+
+
+def removed(work: Work, pool: Integers, group: Integers, alive: Integers) -> Made:
+    """Drop what is too near to an image of the sets to exclude, and what it is a copy of, or that of it.
+
+    pool: indices that had features before copies were dropped. group: index of the image each of them is a copy of.
+    """
+    threshold = work.recipe.decontaminate.threshold
+    figures: dict[str, Any] = {"threshold": threshold, "calibrated": False}
+    if not threshold:
+        threshold, figures = work.copy_threshold(pool)
+    if threshold > 1:
+        return rows_of([], ""), figures
+    sets = {data: work.features_of(data) for data in work.exclude}
+    vectors = work.vectors(pool)
+    tried = [threshold + step for step in NEIGHBOURING if 0 < threshold + step <= 1]
+    found = decontaminate(
+        vectors, {name: table.vectors for name, table in sets.items()}, threshold, groups=group,
+        resources=work.resources,
+    )  # fmt: skip
+    wide = decontaminate(
+        vectors, {name: table.vectors for name, table in sets.items()}, tried[0], resources=work.resources
+    )
+    left = np.isin(pool, alive)
+    dropped = np.flatnonzero(found.is_dropped & left)
+    cause = found.cause_N[dropped]
+    keys = {name: table.rows.column("key") for name, table in sets.items()}
+    other = [
+        f"{found.names[number]}: {keys[found.names[number]][row].as_py()}"
+        for number, row in zip(found.set_N[cause].tolist(), found.image_N[cause].tolist(), strict=True)
+    ]
+    own = cause == dropped
+    rows = rows_of(
+        pool[dropped],
+        np.where(own, "near an excluded image", "copy of one near an excluded image").tolist(),
+        value=found.similarity_N[cause],
+        limit=threshold,
+        other_index=np.where(own, -1, pool[cause]),
+        other=other,
+    )
+    cosines = np.nan_to_num(wide.similarity_N[left], nan=-1.0)
+    best = np.argsort(-found.similarity_N[cause], kind="stable")[:12]
+    return rows, figures | {
+        "images": {name: len(table) for name, table in sets.items()},
+        "near": {f"{one:.4f}": int((cosines >= one).sum()) for one in tried},
+        "shown": [
+            [int(pool[dropped[one]]), found.names[found.set_N[cause[one]]], int(found.image_N[cause[one]])]
+            for one in best
+        ],
+    }
+
+
+def retrieve(work: Work, alive: Integers) -> Made:
+    """Keep only what is like the seeds."""
+    recipe = work.recipe.retrieve
+    alive, without = work.with_features(alive)
+    tables = {data: work.features_of(data) for data in work.seeds}
+    seeds = np.concatenate([np.asarray(table.vectors[:], np.float32) for table in tables.values()])
+    names = [(data, row) for data, table in tables.items() for row in range(len(table))]
+    method = recipe.method
+    if method == "auto":
+        method = "nearest" if len(seeds) >= recipe.auto_seeds else "clusters"
+    vectors = work.vectors(alive)
+    figures: dict[str, Any] = {"method": method, "seeds": len(seeds)}
+    if method == "nearest":
+        found = nearest_to_seeds(vectors, seeds, recipe.neighbours, resources=work.resources)
+        keys = {data: table.rows.column("key") for data, table in tables.items()}
+        other = [
+            f"{names[source][0]}: {keys[names[source][0]][names[source][1]].as_py()}"
+            for source in found.sources_R.tolist()
+        ]
+    else:
+        count = min(len(alive), recipe.clusters or min(100_000, max(1, round(len(alive) ** 0.5))))
+        clusters = kmeans(vectors, count, resources=work.resources)
+        found = from_seed_clusters(
+            clusters, seeds, per_cluster=recipe.per_cluster, more_than=recipe.min_seeds, most=recipe.most,
+            resources=work.resources,
+        )  # fmt: skip
+        figures |= {"clusters": count, "matched": len(np.unique(found.sources_R))}
+        other = [f"cluster {source}" for source in found.sources_R.tolist()]
+    images, order = found.images_R, np.arange(len(found.images_R))
+    if len(images) > recipe.most:  # the most similar
+        order = np.sort(np.argsort(-found.similarities_R, kind="stable")[: recipe.most])
+        images = images[order]
+    kept = np.zeros(len(alive), bool)
+    kept[images] = True
+    by_likeness = np.argsort(-found.similarities_R[order], kind="stable")
+    figures["shown"] = [
+        [int(alive[images[one]]), other[order[one]], round(float(found.similarities_R[order[one]]), 4)]
+        for one in by_likeness[:24]
+    ]
+    if method == "nearest":
+        first: dict[int, list[int]] = {}
+        for one in by_likeness.tolist():
+            source = int(found.sources_R[order[one]])
+            first.setdefault(source, []).append(int(alive[images[one]]))
+        figures["by_seed"] = [[*names[source], rows[:5]] for source, rows in list(first.items())[:8]]
+    return pa.concat_tables(
+        [
+            rows_of(np.concatenate((alive[~kept], without)), "not like a seed"),
+            rows_of(
+                alive[images],
+                "like a seed",
+                dropped=False,
+                value=found.similarities_R[order],
+                other=[other[one] for one in order.tolist()],
+            ),
+        ]
+    ), figures
+
+
+def cluster(work: Work, alive: Integers) -> Made:
+    """Keep a number of images, evenly from a tree of clusters."""
+    recipe = work.recipe.cluster
+    alive, without = work.with_features(alive)
+    levels = list(recipe.levels)
+    if not levels:
+        levels = [max(1, len(alive) // IMAGES_PER_CLUSTER)]
+        while levels[-1] >= 20:
+            levels.append(levels[-1] // 10)
+    if levels[0] > len(alive):
+        raise UserError(
+            f"cluster.levels asks for {levels[0]:,} clusters, and {len(alive):,} images are left."
+        )
+    tree = hierarchical_kmeans(
+        work.vectors(alive), levels, rounds=recipe.resampling, resources=work.resources
+    )
+    chosen = balanced_sample(
+        tree, min(recipe.count, len(alive)), within=recipe.sampling, seed=work.recipe.run.seed
+    )
+    kept = np.zeros(len(alive), bool)
+    kept[chosen] = True
+    labels, similarities = tree.levels[0].labels_N, tree.levels[0].similarities_N
+    before, after = np.bincount(labels, minlength=levels[0]), np.bincount(labels[kept], minlength=levels[0])
+    largest = np.argsort(-before, kind="stable")[:8]
+    nearest = np.argsort(-similarities, kind="stable")
+    shown = [[int(one), alive[nearest[labels[nearest] == one][:6]].tolist()] for one in largest]
+    rows = rows_of(
+        np.concatenate((alive, without)),
+        [*np.where(kept, "sampled", "not sampled").tolist(), *[NO_FEATURES] * len(without)],
+        dropped=np.concatenate((~kept, np.ones(len(without), bool))),
+        value=np.concatenate((similarities, np.full(len(without), np.nan))),
+        other=[*(f"cluster {one}" for one in labels.tolist()), *[None] * len(without)],
+    )
+    return rows, {
+        "levels": levels,
+        "wanted": recipe.count,
+        "shown": shown,
+        "sizes": sorted(before.tolist(), reverse=True)[:200],
+        "sampled": [int(after[one]) for one in np.argsort(-before, kind="stable")[:200]],
+    }
