@@ -47,18 +47,19 @@ class Criterion(NamedTuple):
     column: str  # of the measured table
     field: str  # of QualityRecipe
     is_minimum: bool
-    words: str  # what such an image is, in the report
+    words: str  # what is measured, in the report
+    most: float = np.inf  # that it can be
 
 
 CRITERIA = (
     Criterion("small", "side", "min_side", True, "short side in pixels"),
     Criterion("narrow", "aspect", "max_aspect", False, "long side over short side"),
-    Criterion("dark", "mean", "min_mean", True, "mean luminance"),
-    Criterion("bright", "mean", "max_mean", False, "mean luminance"),
-    Criterion("clipped", "clipped", "max_clipped", False, "share of black and white pixels"),
-    Criterion("blank", "plain", "max_plain", False, "share of plain pixels"),
-    Criterion("uniform", "entropy", "min_entropy", True, "bits of grey levels"),
-    Criterion("text", "text", "max_text", False, "plain share x hard edges"),
+    Criterion("dark", "mean", "min_mean", True, "mean luminance", 1.0),
+    Criterion("bright", "mean", "max_mean", False, "mean luminance", 1.0),
+    Criterion("clipped", "clipped", "max_clipped", False, "share of black and white pixels", 1.0),
+    Criterion("blank", "plain", "max_plain", False, "share of plain pixels", 1.0),
+    Criterion("uniform", "entropy", "min_entropy", True, "bits of grey levels", 8.0),
+    Criterion("text", "text", "max_text", False, "plain share x hard edges", 1.0),
     Criterion("blurred", "blur", "min_blur", True, "variance of the Laplacian"),
 )
 

@@ -237,7 +237,7 @@ def quality(work: Work, alive: Integers) -> Made:
         chosen = numbers == number
         values = columns[criterion.column]
         tables.append(rows_of(good[chosen], criterion.name, value=values[chosen], limit=limit))
-        tried = [limit * factor for factor in FACTORS]
+        tried = sorted({min(criterion.most, limit * factor) for factor in FACTORS})
         sides = _beside(criterion.is_minimum, limit, values)
         figures["limits"].append(
             {
