@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import re
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +90,8 @@ class Resources:
 
     Args:
         workers: threads; 0 is one for each core. The result does not depend on it.
-        memory: bytes that may be held; arrays on disk that are mapped do not count.
+        memory: bytes that may be held; arrays on disk that are mapped do not count. Products of thousands of
+            rows hold 50 MB a worker.
         work: folder of finished blocks, from which a step that was stopped goes on; without it nothing is kept.
         seed: of everything drawn at random.
         executor: what runs the blocks, if not threads: see `unlabeled.curate.distributed`.
@@ -116,8 +116,9 @@ class Resources:
         """
         if self.executor:
             return self.executor.map(function, context, items)
-        workers = self.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        return Threads(max(1, min(workers, self.memory // max(1, 2 * held)))).map(function, context, items)
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(self.workers or allowed, self.memory // max(1, 2 * held))
+        return Threads(max(1, workers)).map(function, context, items)
 
     def block_rows(self, row_bytes: int) -> int:
         """Rows of a block that holds `row_bytes` each: a power of two, an eighth of the memory at most."""
@@ -131,16 +132,12 @@ class Resources:
             with tempfile.TemporaryDirectory(prefix="unlabeled-") as temporary:
                 yield Path(temporary)
             return
-        path = Path(self.work) / name
-        plan = path / "plan.json"
         text = json.dumps(identity, sort_keys=True)
+        path = Path(self.work) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         with writing(path):
-            if plan.is_file() and plan.read_text() != text:
-                shutil.rmtree(path)  # of another input or other settings
             path.mkdir(parents=True, exist_ok=True)
-            if not plan.is_file():
-                with replacing(plan) as temporary_file:
-                    temporary_file.write_text(text)
+            with replacing(path / "step.json") as temporary_file:
+                temporary_file.write_text(text)
         yield path
 
 
@@ -175,14 +172,18 @@ class Rows:
 
     def between(self, start: int, stop: int) -> Floats:
         """Rows start to stop - 1, (n, D)."""
-        result = np.empty((max(0, stop - start), self.shape[1]), np.float32)
+        return self._scaled(self.as_stored(start, stop).astype(np.float32, copy=False), start)
+
+    def as_stored(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows start to stop - 1, (n, D), of the length and dtype they have."""
+        result = np.empty((max(0, stop - start), self.shape[1]), self.dtype)
         begin = 0
         for part, end in zip(self.parts, self.ends.tolist(), strict=True):
             if begin < stop and end > start:
                 first, last = max(start, begin), min(stop, end)
                 result[first - start : last - start] = part[first - begin : last - begin]
             begin = end
-        return self._scaled(result, start)
+        return result
 
     def at(self, rows: Integers) -> Floats:
         """Rows of these numbers, (n, D)."""

@@ -43,8 +43,12 @@ class UnionFind:
                 return
             left, right = left[apart], right[apart]
             # Every larger root goes below the smallest root that it has an edge to.
-            np.minimum.at(self.parents, np.maximum(left, right), np.minimum(left, right))
-            left, right = self.find(left), self.find(right)
+            higher = np.maximum(left, right)
+            np.minimum.at(self.parents, higher, np.minimum(left, right))
+            # Paths are made of such roots alone; each turn halves them all.
+            while not np.array_equal(above := self.parents[self.parents[higher]], self.parents[higher]):
+                self.parents[higher] = above
+            left, right = self.parents[left], self.parents[right]
 
     def labels(self) -> Integers:
         """Return for each element the smallest one of its set, (N,)."""

@@ -6,15 +6,16 @@ Shape suffixes: N images of the pool, M images of an evaluation set.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, spans
+from unlabeled.curate.blocks import Floats, Integers, Resources, Rows
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.neighbours import ROUNDING, TILE, Recall
+from unlabeled.curate.nearest import nearest_rows
+from unlabeled.curate.neighbours import Recall
 from unlabeled.errors import UserError
 
 
@@ -53,12 +54,15 @@ def decontaminate(
     threshold: float,
     *,
     groups: Integers | None = None,
+    recall: float = 0.99,
     resources: Resources = NO_LIMITS,
 ) -> Contamination:
     """Find the images of a pool that are too near to an evaluation set, and all that hang together with them.
 
     pool: (N, D). evaluation: vectors (M, D) by the set's name. threshold: cosine, above 0 and up to 1. groups: (N,),
         the same number for those that are dropped together, such as `Duplicates.component_N`; else each by itself.
+        recall: wanted, of the
+        matches.
     Raises UserError for a threshold out of range or vectors of another width.
     """
     if not 0 < threshold <= 1:
@@ -67,23 +71,19 @@ def decontaminate(
     best = np.full(len(rows), -np.inf, np.float32)
     which = np.full(len(rows), -1, np.int32)
     image = np.full(len(rows), -1, np.int64)
+    measured = []
     for number, (name, vectors) in enumerate(evaluation.items()):
-        others = Rows(vectors)
-        if others.shape[1] != rows.shape[1]:
+        if vectors.shape[1] != rows.shape[1]:
             raise UserError(
-                f"The vectors of {name} have {others.shape[1]} values and the pool's {rows.shape[1]}: another model."
+                f"The vectors of {name} have {vectors.shape[1]} values and the pool's {rows.shape[1]}: another model."
             )
-        size = resources.block_rows(4 * (rows.shape[1] + TILE))
-        blocks = spans(len(rows), size)
-        held = 4 * size * (rows.shape[1] + TILE)
-        for (start, stop), (other, cosine) in zip(
-            blocks, resources.map(_nearest, (rows, others), blocks, held), strict=True
-        ):
-            better = cosine > best[start:stop]
-            best[start:stop][better] = cosine[better]
-            image[start:stop][better] = other[better]
-            which[start:stop][better] = number
-    matched = best >= threshold - ROUNDING
+        step = replace(resources, work=resources.work / f"set-{number}") if resources.work else resources
+        found = nearest_rows(vectors, pool, 1, above=threshold, recall=recall, resources=step)
+        better = found.cosines_Qk[:, 0] > best
+        best[better], image[better] = found.cosines_Qk[better, 0], found.rows_Qk[better, 0]
+        which[better] = number
+        measured.append(found.recall)
+    matched = which >= 0
     best[~matched], image[~matched], which[~matched] = np.nan, -1, -1
     cause = np.where(matched, np.arange(len(rows)), -1)
     if groups is not None and matched.any():
@@ -93,22 +93,5 @@ def decontaminate(
         place = np.minimum(np.searchsorted(names, groups), len(names) - 1)
         together = names[place] == groups
         cause = np.where(matched, cause, np.where(together, hits[first][place], -1))
-    count = int(matched.sum())
-    return Contamination(
-        threshold, list(evaluation), which, image, np.minimum(best, 1), cause, Recall(count, count, len(rows))
-    )
-
-
-def _nearest(context: tuple[Rows, Rows], span: tuple[int, int]) -> tuple[Integers, Floats]:
-    rows, others = context
-    block = rows.between(*span)
-    best = np.full(len(block), -np.inf, np.float32)
-    found = np.full(len(block), -1, np.int64)
-    for start, stop in spans(len(others), TILE):
-        cosines = block @ others.between(start, stop).T
-        top = cosines.argmax(axis=1)
-        value = cosines[np.arange(len(block)), top]
-        better = value > best
-        best[better], found[better] = value[better], top[better] + start
-    rows.release()
-    return found, best
+    total = Recall(*(sum(getattr(one, name) for one in measured) for name in ("found", "pairs", "queries")))
+    return Contamination(threshold, list(evaluation), which, image, np.minimum(best, 1), cause, total)

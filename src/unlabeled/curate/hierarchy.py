@@ -84,7 +84,7 @@ def hierarchical_kmeans(
         )
     identity = {
         "rows": Rows(vectors, unit=spherical).fingerprint(),
-        "clusters": list(clusters),
+        "clusters": [int(k) for k in clusters],
         "rounds": rounds,
         "keep": keep,
         "iterations": iterations,
@@ -123,7 +123,7 @@ def _level(
                 centroids = kmeans(
                     some, k, iterations=iterations, spherical=spherical, resources=once
                 ).centroids_KD
-                labels, similarities = assign(vectors, centroids, spherical=spherical, resources=resources)
+                labels, similarities, _ = assign(vectors, centroids, spherical=spherical, resources=resources)
             save_arrays(file, centroids=centroids, labels=labels, similarities=similarities)
         held = load_arrays(file)
         level = Level(held["centroids"], held["labels"], held["similarities"])

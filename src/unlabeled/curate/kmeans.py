@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
+from unlabeled.curate.routing import TILE, Router, routed
 from unlabeled.errors import UserError
 
-TILE = 2048  # centroids in one matrix product: its scores stay in the cache
+RECALL = 0.99  # of labels while the centroids still move
 FARTHEST = 64  # rows a block offers for empty clusters
 NO_LIMITS = Resources()
 
@@ -31,6 +32,7 @@ class Clusters:
         counts_K: int64, rows of each.
         objectives: mean similarity after each iteration.
         reseeded: empty clusters that were given a new centroid.
+        recall: share of rows whose label is the one that brute force finds, measured on a sample; 1 for few clusters.
     """
 
     centroids_KD: Floats
@@ -39,15 +41,25 @@ class Clusters:
     counts_K: Integers
     objectives: list[float]
     reseeded: int
+    recall: float
 
 
 @dataclass(frozen=True)
-class _Centroids:
-    """What a block needs: the rows, the centroids, and half their squared lengths (none if spherical)."""
+class _Step:
+    """What a block needs: the rows, and where the centroids are."""
 
     rows: Rows
+    router: Router
+    before_N: NDArray[np.int32] | None
+
+
+@dataclass(frozen=True)
+class _State:
+    """Centroids, those of before, and which of those each row was nearest to."""
+
     centroids_KD: Floats
-    half_squares_K: Floats | None
+    anchors_AD: Floats | None = None
+    labels_N: NDArray[np.int32] | None = None
 
 
 def kmeans(
@@ -75,7 +87,7 @@ def kmeans(
     given = init if isinstance(init, str) else "given"
     identity = {
         "rows": rows.fingerprint(),
-        "k": k,
+        "k": int(k),
         "iterations": iterations,
         "tolerance": tolerance,
         "spherical": spherical,
@@ -90,118 +102,142 @@ def kmeans(
         drawn = np.sort(generator.choice(len(rows), max(k, sample), replace=False))
         training = Rows(rows.at(drawn), unit=spherical)
     with resources.folder("kmeans", identity) as folder:
-        state = folder / "centroids.npz"
-        if state.is_file():
-            held = load_arrays(state)
-            centroids, done = held["centroids"], bool(held["done"])
-            objectives, reseeded = held["objectives"].tolist(), int(held["reseeded"])
+        file = folder / "centroids.npz"
+        if file.is_file():
+            held = load_arrays(file)
+            state = _State(held["centroids"], held["anchors"], held["labels"])
+            objectives, reseeded, done = (
+                held["objectives"].tolist(),
+                int(held["reseeded"]),
+                bool(held["done"]),
+            )
         else:
-            centroids = _initial(training, k, init, generator)
+            state = _State(_initial(training, k, init, generator))
             objectives, reseeded, done = [], 0, False
         while not done and len(objectives) < iterations:
-            centroids, objective, empty = _iterate(training, centroids, spherical, resources)
+            state, objective, empty = _iterate(training, state, spherical, resources)
             reseeded += empty
             objectives.append(objective)
             if len(objectives) > 1 and not empty:
                 done = objectives[-1] - objectives[-2] <= tolerance * abs(objectives[-2])
-            save_arrays(state, centroids=centroids, objectives=objectives, reseeded=reseeded, done=done)
-    labels, similarities = assign(vectors, centroids, spherical=spherical, resources=resources)
+            if resources.work:
+                save_arrays(
+                    file,
+                    centroids=state.centroids_KD,
+                    anchors=state.anchors_AD,
+                    labels=state.labels_N,
+                    objectives=objectives,
+                    reseeded=reseeded,
+                    done=done,
+                )
+    known = state if training is rows else _State(state.centroids_KD)
+    labels, similarities, recall = assign(
+        vectors,
+        state.centroids_KD,
+        spherical=spherical,
+        anchors_AD=known.anchors_AD,
+        before_N=known.labels_N,
+        resources=resources,
+    )
+    centroids = state.centroids_KD
     counts = np.bincount(labels, minlength=k)
-    return Clusters(centroids, labels, similarities, counts, objectives, reseeded)
+    return Clusters(centroids, labels, similarities, counts, objectives, reseeded, recall)
 
 
 def assign(
-    vectors: Any, centroids_KD: Floats, *, spherical: bool = True, resources: Resources = NO_LIMITS
-) -> tuple[NDArray[np.int32], Floats]:
-    """Return the nearest centroid of each row, int32 (N,), and the similarity to it, float32 (N,).
+    vectors: Any,
+    centroids_KD: Floats,
+    *,
+    spherical: bool = True,
+    recall: float = 0.99,
+    anchors_AD: Floats | None = None,
+    before_N: NDArray[np.int32] | None = None,
+    resources: Resources = NO_LIMITS,
+) -> tuple[NDArray[np.int32], Floats, float]:
+    """Return the nearest centroid of each row, int32 (N,), the similarity to it, float32 (N,), and the recall.
 
-    The similarity is the cosine if spherical, else minus the squared distance.
+    The similarity is the cosine if spherical, else minus the squared distance. recall: wanted, and as measured: the
+        share of rows that get the centroid that brute force finds; 1 for few centroids, see `Router`. anchors_AD,
+        before_N: centroids that are known to be near to the rows, and the one of each row, which saves time.
     """
     rows = Rows(vectors, unit=spherical)
     labels, similarities = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
-    context = _centroids(rows, centroids_KD, spherical)
+    router = routed(
+        rows,
+        centroids_KD,
+        spherical=spherical,
+        recall=recall,
+        seed=resources.seed,
+        anchors_AD=anchors_AD,
+        before_N=before_N,
+    )
     blocks, held = _blocks(rows, len(centroids_KD), resources)
     for (start, stop), (label, similarity) in zip(
-        blocks, resources.map(_assign_block, context, blocks, held), strict=True
+        blocks, resources.map(_assign_block, _Step(rows, router, before_N), blocks, held), strict=True
     ):
         labels[start:stop], similarities[start:stop] = label, similarity
-    return labels, similarities
-
-
-def nearest(block_nD: Floats, centroids_KD: Floats, half_squares_K: Floats | None = None) -> Any:
-    """Return the number of the nearest centroid of each row, int32 (n,), and the score of it, float32 (n,).
-
-    The score is the product with the centroid, less half its squared length where that is given.
-    """
-    labels = np.zeros(len(block_nD), np.int32)
-    best = np.full(len(block_nD), -np.inf, np.float32)
-    for start, stop in spans(len(centroids_KD), TILE):
-        for first, last in spans(len(block_nD), TILE):
-            scores = block_nD[first:last] @ centroids_KD[start:stop].T
-            if half_squares_K is not None:
-                scores -= half_squares_K[start:stop]
-            tops = scores.argmax(axis=1)
-            score = scores[np.arange(len(scores)), tops]
-            better = score > best[first:last]
-            labels[first:last][better] = tops[better] + start
-            best[first:last][better] = score[better]
-    return labels, best
-
-
-def _centroids(rows: Rows, centroids_KD: Floats, spherical: bool) -> _Centroids:
-    half = None if spherical else (np.square(centroids_KD).sum(axis=1) / 2).astype(np.float32)
-    return _Centroids(rows, centroids_KD, half)
+    return labels, similarities, router.recall
 
 
 def _blocks(rows: Rows, k: int, resources: Resources) -> tuple[list[tuple[int, int]], int]:
     """Return spans of rows, and the bytes that a block of them holds."""
-    row_bytes = 3 * 4 * rows.shape[1]
-    size = min(8192, resources.block_rows(row_bytes))
+    row_bytes = 4 * 4 * rows.shape[1]
+    # Each block returns (K, D) sums, so there are fewer blocks for many centroids.
+    size = min(resources.block_rows(row_bytes), max(8192, 1 << (2 * k).bit_length()))
     return spans(len(rows), size), size * row_bytes + 2 * 4 * TILE * TILE + 12 * k * rows.shape[1]
 
 
-def _assign_block(context: _Centroids, span: tuple[int, int]) -> tuple[NDArray[np.int32], Floats]:
-    block = context.rows.between(*span)
-    labels, scores = nearest(block, context.centroids_KD, context.half_squares_K)
-    if context.half_squares_K is not None:
+def _nearest(step: _Step, span: tuple[int, int]) -> tuple[Floats, NDArray[np.int32], Floats]:
+    """Rows of a block, the nearest centroid of each, and the similarity to it."""
+    block = step.rows.between(*span)
+    step.rows.release()
+    before = None if step.before_N is None else step.before_N[slice(*span)]
+    labels, scores = step.router.nearest(block, before)
+    if step.router.half_squares_K is not None:
         scores = 2 * scores - np.square(block).sum(axis=1)
-    context.rows.release()
-    return labels, scores
+    return block, labels, scores
+
+
+def _assign_block(step: _Step, span: tuple[int, int]) -> tuple[NDArray[np.int32], Floats]:
+    return _nearest(step, span)[1:]
 
 
 def _sum_block(
-    context: _Centroids, span: tuple[int, int]
-) -> tuple[NDArray[np.float64], Integers, float, Integers, Floats]:
-    """Sums (K, D) and counts (K,) of a block by nearest centroid, its similarities' sum, and its farthest rows."""
-    block = context.rows.between(*span)
-    k = len(context.centroids_KD)
-    labels, scores = nearest(block, context.centroids_KD, context.half_squares_K)
-    if context.half_squares_K is not None:
-        scores = 2 * scores - np.square(block).sum(axis=1)
+    step: _Step, span: tuple[int, int]
+) -> tuple[NDArray[np.int32], Floats, Integers, float, Integers, Floats]:
+    """Nearest centroids of a block, sums (K, D) and counts (K,) by them, the similarities' sum, the farthest rows."""
+    block, labels, scores = _nearest(step, span)
+    k = len(step.router.centroids_KD)
     ones = np.ones(len(block), np.float32)
     sums = csr_array((ones, (labels, np.arange(len(block)))), shape=(k, len(block))) @ block
     far = np.argsort(scores, kind="stable")[:FARTHEST]
-    context.rows.release()
-    return (
-        sums,
-        np.bincount(labels, minlength=k),
-        float(scores.sum(dtype=np.float64)),
-        far + span[0],
-        scores[far],
-    )
+    counts = np.bincount(labels, minlength=k)
+    return labels, sums, counts, float(scores.sum(dtype=np.float64)), far + span[0], scores[far]
 
 
-def _iterate(
-    rows: Rows, centroids_KD: Floats, spherical: bool, resources: Resources
-) -> tuple[Floats, float, int]:
+def _iterate(rows: Rows, state: _State, spherical: bool, resources: Resources) -> tuple[_State, float, int]:
     """Return new centroids, the mean similarity to the old ones, and how many clusters were empty."""
-    context = _centroids(rows, centroids_KD, spherical)
+    centroids_KD = state.centroids_KD
+    router = routed(
+        rows,
+        centroids_KD,
+        spherical=spherical,
+        recall=RECALL,
+        seed=resources.seed,
+        anchors_AD=state.anchors_AD,
+        before_N=state.labels_N,
+    )
     blocks, held = _blocks(rows, len(centroids_KD), resources)
+    labels = np.empty(len(rows), np.int32)
     sums = np.zeros(centroids_KD.shape)
     counts = np.zeros(len(centroids_KD), np.int64)
     total = 0.0
     far_rows, far_scores = [], []
-    for part, count, similarity, far, scores in resources.map(_sum_block, context, blocks, held):
+    step = _Step(rows, router, state.labels_N)
+    for (start, stop), (label, part, count, similarity, far, scores) in zip(
+        blocks, resources.map(_sum_block, step, blocks, held), strict=True
+    ):
+        labels[start:stop] = label
         sums += part
         counts += count
         total += similarity
@@ -217,7 +253,7 @@ def _iterate(
     if spherical:
         lengths = np.linalg.norm(means, axis=1, keepdims=True)
         means = np.where(lengths > 0, means / np.maximum(lengths, 1e-30), centroids_KD)
-    return means.astype(np.float32), total / len(rows), len(empty)
+    return _State(means.astype(np.float32), centroids_KD, labels), total / len(rows), len(empty)
 
 
 def _initial(rows: Rows, k: int, init: str | Floats, generator: np.random.Generator) -> Floats:

@@ -15,36 +15,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unlabeled.curate.blocks import (
-    Floats,
-    Integers,
-    Resources,
-    Rows,
-    load_arrays,
-    save_array,
-    save_arrays,
-    spans,
-)
+from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
+from unlabeled.curate.cells import TILE, Cells, check_memory, find_centroids, lay_out
 from unlabeled.curate.components import UnionFind, forest
-from unlabeled.curate.kmeans import NO_LIMITS, kmeans
+from unlabeled.curate.kmeans import NO_LIMITS
 from unlabeled.errors import UserError
 from unlabeled.weights.files import replacing
 
-FEW = 8192  # vectors of which all pairs are compared
-TILE = 2048  # vectors on either side of one matrix product
-TRAINED_ON = 64  # vectors for each cell that the centroids are found with
 ROUNDING = 1e-6  # what the cosine of a vector with itself may lack
 EXACT = 0.5  # share of the distance at which no pair is missed
 QUERIES = (64, 448, 512, 512, 512)  # of the sample, in turns until it has PAIRS
 PAIRS = 4000
-CELLS_OF_A_TASK = 8
+PAIRS_OF_A_QUERY = 64  # that count, so that one large group does not decide
+SAFETY = 1.1
+BALLS = 8  # of a large cell
 
 
 class Pairs(NamedTuple):
@@ -98,36 +89,16 @@ class Join:
     """A matrix laid out by cells, ready to be joined with itself.
 
     Attributes:
-        stored: the rows, of length 1, in the order of `order`.
-        order_N: number of each stored row in the matrix.
-        starts: where each cell's members begin in `members`, (K + 1,).
-        members_N: stored rows by cell.
-        probing_starts, probing: the same for vectors of other cells that probe the cell.
-        probes_starts, probes: cells that each stored row probes, without its own.
-        cells_N: cell of each stored row.
+        cells: of it.
         threshold: cosine.
         recall: of the pairs above it.
         margin: share of the distance within which a cell is probed.
     """
 
-    stored: Rows
-    order_N: Integers
-    starts: Integers
-    members_N: Integers
-    probing_starts: Integers
-    probing: Integers
-    probes_starts: Integers
-    probes: NDArray[np.int32]
-    cells_N: NDArray[np.int32]
+    cells: Cells
     threshold: float
     recall: Recall
     margin: float
-
-    @property
-    def compared(self) -> int:
-        """Number of cosines computed."""
-        sizes = np.diff(self.starts)
-        return int((sizes * (sizes + 1) // 2 + sizes * np.diff(self.probing_starts)).sum())
 
 
 @dataclass(frozen=True)
@@ -156,8 +127,30 @@ def pairs_above(
     Raises UserError for a threshold that is out of range or vectors that are not finite.
     """
     with prepared(vectors, threshold, recall, resources) as (join, _):
-        items = spans(len(join.starts) - 1, CELLS_OF_A_TASK)
-        yield from resources.map(_join_cells, join, items, held_bytes(join))
+        yield from resources.map(_join_cells, join, join.cells.tasks, join.cells.task_bytes)
+
+
+def components(
+    vectors: Any, threshold: float, *, recall: float = 0.99, resources: Resources = NO_LIMITS
+) -> Components:
+    """Return the connected components of all pairs above a cosine; the pairs themselves are never held.
+
+    vectors, threshold, recall, raises: see `pairs_above`.
+    """
+    if not len(vectors):
+        return Components(np.empty(0, np.int64), 0, 0, Recall(0, 0, 0))
+    with prepared(vectors, threshold, recall, resources) as (join, folder):
+        items = list(enumerate(join.cells.tasks))
+        files = [folder / f"connected-{number:06d}.npz" for number, _ in items]
+        left = [item for item, file in zip(items, files, strict=True) if not file.is_file()]
+        for _ in resources.map(_connect_cells, (join, folder), left, join.cells.task_bytes):
+            pass
+        sets, pairs = UnionFind(len(vectors)), 0
+        for file in files:
+            held = load_arrays(file)
+            sets.union(held["left"], held["right"])
+            pairs += int(held["count"])
+        return Components(sets.labels(), pairs, join.cells.compared, join.recall)
 
 
 @contextmanager
@@ -170,115 +163,27 @@ def prepared(
     if not 0 < recall <= 1:
         raise UserError(f"A recall is above 0 and up to 1, not {recall:g}.")
     rows = Rows(vectors)
+    check_memory(len(rows), resources)
     identity = {
         "rows": rows.fingerprint(),
-        "threshold": threshold,
-        "recall": recall,
+        "threshold": float(threshold),
+        "recall": float(recall),
         "seed": resources.seed,
         "memory": resources.memory,
     }
     with resources.folder("neighbours", identity) as folder:
-        yield _lay_out(rows, threshold, recall, folder, resources), folder
-
-
-def held_bytes(join: Join) -> int:
-    """Return the bytes that a task holds."""
-    width = join.stored.shape[1]
-    largest = int(np.diff(join.starts).max(initial=0))
-    return 4 * TILE * TILE * 2 + 4 * width * (min(largest, TILE) + TILE) * 2
-
-
-def cell_count(size: int) -> int:
-    """Return the number of cells for N vectors: what makes assigning and comparing cost about the same."""
-    return 1 if size <= FEW else round((2 * size) ** 0.5)
-
-
-def _lay_out(rows: Rows, threshold: float, recall: float, folder: Path, resources: Resources) -> Join:
-    centroids = _cells(rows, folder, resources)
-    reach = float(np.sqrt(2 - 2 * min(threshold, 1.0)))
-    state = folder / "recall.json"
-    sample_file = folder / "sample.npz"
-    if not state.is_file():
-        sample = _sample(rows, centroids, threshold, resources)
-        margin = _margin(sample, recall)
-        save_arrays(sample_file, **sample)
-        with replacing(state) as temporary:
-            temporary.write_text(json.dumps({"margin": margin}))
-    margin = json.loads(state.read_text())["margin"]
-    size = resources.block_rows(4 * (rows.shape[1] + 2 * len(centroids)))
-    blocks = list(enumerate(spans(len(rows), size)))
-    context = _Cells(rows, centroids, reach * margin, folder)
-    left = [item for item in blocks if not (folder / f"cells-{item[0]:06d}.npz").is_file()]
-    held = size * (12 * rows.shape[1] + 8 * len(centroids))
-    for _ in resources.map(_store_block, context, left, held):
-        pass
-    stored, parts = [], []
-    for number, _ in blocks:
-        parts.append(load_arrays(folder / f"cells-{number:06d}.npz"))
-        stored.append(np.load(folder / f"cells-{number:06d}.npy", mmap_mode="r"))
-    join = _joined(rows, stored, parts, len(centroids), threshold, margin)
-    return replace(join, recall=_measured(join, load_arrays(sample_file)))
-
-
-def _joined(
-    rows: Rows,
-    stored: list[NDArray[Any]],
-    parts: list[dict[str, NDArray[Any]]],
-    k: int,
-    threshold: float,
-    margin: float,
-) -> Join:
-    order = np.concatenate([part["rows"] for part in parts])
-    cells = np.concatenate([part["cells"] for part in parts])
-    counts = np.concatenate([part["probe_counts"] for part in parts])
-    probes = np.concatenate([part["probes"] for part in parts])
-    by_probe = np.argsort(probes, kind="stable")
-    return Join(
-        stored=Rows(_Several(stored, rows)),
-        order_N=order,
-        starts=_starts(np.bincount(cells, minlength=k)),
-        members_N=np.argsort(cells, kind="stable"),
-        probing_starts=_starts(np.bincount(probes, minlength=k)),
-        probing=np.repeat(np.arange(len(counts)), counts)[by_probe],
-        probes_starts=_starts(counts),
-        probes=probes,
-        cells_N=cells,
-        threshold=threshold,
-        recall=Recall(0, 0, 0),
-        margin=margin,
-    )
-
-
-class _Several:
-    """Parts as `Rows` takes them."""
-
-    def __init__(self, parts: list[NDArray[Any]], rows: Rows) -> None:
-        self.parts, self.shape, self.dtype = parts, rows.shape, rows.dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-
-def _starts(counts: NDArray[Any]) -> Integers:
-    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
-
-
-def _cells(rows: Rows, folder: Path, resources: Resources) -> Floats:
-    """Return centroids, (K, D)."""
-    file = folder / "centroids.npy"
-    if not file.is_file():
-        k = cell_count(len(rows))
-        generator = np.random.default_rng([resources.seed, 1])
-        if k == 1:
-            centroids = np.zeros((1, rows.shape[1]), np.float32)
-        else:
-            most = max(2 * k, resources.memory // 4 // (4 * rows.shape[1]))
-            drawn = generator.choice(len(rows), min(len(rows), TRAINED_ON * k, most), replace=False)
-            some = rows.at(np.sort(drawn))
-            once = replace(resources, work=None)
-            centroids = kmeans(some, k, iterations=8, init="random", resources=once).centroids_KD
-        save_array(file, centroids)
-    return np.asarray(np.load(file), np.float32)
+        centroids = find_centroids(rows, folder, resources)
+        file, sample_file = folder / "margin.json", folder / "sample.npz"
+        if not file.is_file():
+            sample = _sample(rows, centroids, threshold, resources)
+            save_arrays(sample_file, **sample)
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps({"margin": _margin(sample, recall)}))
+        margin = json.loads(file.read_text())["margin"]
+        reach = margin * float(np.sqrt(2 - 2 * threshold))
+        cells = lay_out(rows, centroids, reach, folder, resources)
+        measured = _measured(cells, load_arrays(sample_file))
+        yield Join(cells, threshold, measured, margin), folder
 
 
 def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resources) -> dict[str, NDArray[Any]]:
@@ -291,20 +196,27 @@ def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resource
     size = resources.block_rows(4 * (rows.shape[1] + 1024))
     left: list[Integers] = []
     right: list[Integers] = []
-    done = 0
-    for count in QUERIES:
-        queries = drawn[done : done + count]
-        if not len(queries) or sum(len(part) for part in left) >= PAIRS:
+    done = count = 0
+    for more in QUERIES:
+        queries = drawn[done : done + more]
+        if not len(queries) or count >= PAIRS:
             break
-        done += len(queries)
         context = _Queries(rows, rows.at(queries), threshold)
         blocks = spans(len(rows), size)
-        for which, row, _ in resources.map(_search_block, context, blocks, 4 * size * (rows.shape[1] + 1024)):
-            different = queries[which] != row
-            left.append(queries[which][different])
-            right.append(row[different])
-    pairs_left = np.concatenate(left) if left else np.empty(0, np.int64)
+        held = 4 * size * (rows.shape[1] + 1024)
+        which, row = (
+            np.concatenate(column)
+            for column in zip(*resources.map(_search_block, context, blocks, held), strict=True)
+        )
+        different = queries[which] != row
+        which, row = _some(which[different] + done, row[different], generator)
+        left.append(which)
+        right.append(row)
+        done += len(queries)
+        count += len(row)
+    query = np.concatenate(left) if left else np.empty(0, np.int64)
     pairs_right = np.concatenate(right) if right else np.empty(0, np.int64)
+    pairs_left = drawn[query]
     needed = np.empty(len(pairs_left), np.float32)
     reach = max(float(np.sqrt(2 - 2 * threshold)), 1e-6)
     table = centroids @ centroids.T
@@ -315,8 +227,6 @@ def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resource
         between = np.sqrt(np.maximum(2 - 2 * table[i, j], 1e-12))
         either = np.minimum(a[here, i] - a[here, j], b[here, j] - b[here, i]) / between
         needed[start:stop] = np.where(i == j, 0, either / reach)
-    places = {int(row): number for number, row in enumerate(drawn[:done])}
-    query = np.array([places[int(row)] for row in pairs_left], np.int64)
     return {
         "left": pairs_left,
         "right": pairs_right,
@@ -326,37 +236,37 @@ def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resource
     }
 
 
-def _margin(sample: dict[str, NDArray[Any]], recall: float) -> float:
-    """Return the share of the distance at which the recall is halfway between what is wanted and all.
+def _some(query: Integers, row: Integers, generator: np.random.Generator) -> tuple[Integers, Integers]:
+    """Return at most PAIRS_OF_A_QUERY pairs of each query, drawn at random."""
+    order = np.lexsort((generator.random(len(query)), query))
+    _, starts, counts = np.unique(query[order], return_index=True, return_counts=True)
+    kept = order[np.arange(len(order)) - np.repeat(starts, counts) < PAIRS_OF_A_QUERY]
+    return query[kept], row[kept]
 
-    The first half of the queries decides; the others measure (`_measured`).
+
+def _margin(sample: dict[str, NDArray[Any]], recall: float) -> float:
+    """Return the share of the distance at which cells are probed.
+
+    A tenth more than what gives a recall halfway between the wanted one and 1 on the first half of the queries, as
+    the tail of a sample is uncertain; the other half measures (`_measured`).
     """
     needed = np.sort(sample["needed"][sample["query"] % 2 == 0])
     if not len(needed) or recall == 1:
         return EXACT
     place = int(np.ceil((1 + recall) / 2 * len(needed))) - 1
-    return min(EXACT, float(needed[min(place, len(needed) - 1)]) + 1e-4)
+    return min(EXACT, SAFETY * float(needed[place]))
 
 
-def _measured(join: Join, sample: dict[str, NDArray[Any]]) -> Recall:
+def _measured(cells: Cells, sample: dict[str, NDArray[Any]]) -> Recall:
     """Return the recall of the second half of the sample's pairs: whether either vector is compared with the other."""
     held_out = sample["query"] % 2 == 1
-    places = np.empty(len(join.order_N), np.int64)
-    places[join.order_N] = np.arange(len(places))
+    places = np.empty(len(cells.order_N), np.int64)
+    places[cells.order_N] = np.arange(len(places))
     left, right = places[sample["left"][held_out]], places[sample["right"][held_out]]
-    same = join.cells_N[left] == join.cells_N[right]
-    found = same | _probes(join, left, join.cells_N[right]) | _probes(join, right, join.cells_N[left])
+    same = cells.cells_N[left] == cells.cells_N[right]
+    from_left = cells.has_probe(left, cells.cells_N[right])
+    found = same | from_left | cells.has_probe(right, cells.cells_N[left])
     return Recall(int(found.sum()), len(found), int(sample["queries"]) // 2)
-
-
-def _probes(join: Join, stored: Integers, cells: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Return whether each stored row probes the cell."""
-    result = np.zeros(len(stored), bool)
-    starts, ends = join.probes_starts[stored], join.probes_starts[stored + 1]
-    for place in range(int((ends - starts).max(initial=0))):
-        there = starts + place < ends
-        result[there] |= join.probes[starts[there] + place] == cells[there]
-    return result
 
 
 @dataclass(frozen=True)
@@ -366,17 +276,16 @@ class _Queries:
     threshold: float
 
 
-def _search_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers, Floats]:
-    """Numbers of queries, rows and cosines of the pairs above the threshold, of a block of rows."""
+def _search_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers]:
+    """Numbers of queries and rows of the pairs above the threshold, of a block of rows."""
     block = context.rows.between(*span)
-    found = []
-    for start, stop in spans(len(context.queries_QD), TILE):
-        for first, last in spans(len(block), TILE):
-            query, row, cosines = _above(context.queries_QD[start:stop], block[first:last], context.threshold)
-            found.append((query + start, row + first + span[0], cosines))
     context.rows.release()
-    query, row, cosines = (np.concatenate(column) for column in zip(*found, strict=True))
-    return query, row, cosines
+    queries, rows = [], []
+    for first, last in spans(len(block), TILE):
+        query, row, _ = _above(context.queries_QD, block[first:last], context.threshold)
+        queries.append(query)
+        rows.append(row + first + span[0])
+    return np.concatenate(queries), np.concatenate(rows)
 
 
 def _above(left_nD: Floats, right_nD: Floats, threshold: float) -> tuple[Integers, Integers, Floats]:
@@ -387,81 +296,14 @@ def _above(left_nD: Floats, right_nD: Floats, threshold: float) -> tuple[Integer
     return left, right, cosines.ravel()[places]
 
 
-@dataclass(frozen=True)
-class _Cells:
-    rows: Rows
-    centroids_KD: Floats
-    reach: float
-    folder: Path
-
-
-def _store_block(context: _Cells, item: tuple[int, tuple[int, int]]) -> None:
-    """Write a block of rows in the order of their cells, with the cells that each probes."""
-    number, (start, stop) = item
-    block = context.rows.between(start, stop)
-    centroids = context.centroids_KD
-    table = centroids @ centroids.T
-    cells = np.empty(len(block), np.int32)
-    who, probed = [], []
-    for first, last in spans(len(block), TILE):
-        scores = block[first:last] @ centroids.T
-        here = np.arange(len(scores))
-        own = scores.argmax(axis=1)
-        cells[first:last] = own
-        if context.reach > 0:
-            # The distance of two centroids is 2 at most, so a lower score cannot be within reach.
-            near = np.flatnonzero(scores >= (scores[here, own] - 2 * context.reach)[:, None])
-            row, cell = np.divmod(near, len(centroids))
-            i = own[row]
-            between = np.sqrt(np.maximum(2 - 2 * table[i, cell], 0))
-            gap = scores[row, i] - scores[row, cell]
-            kept = (gap <= context.reach * between) & (cell != i)
-            who.append(row[kept] + first)
-            probed.append(cell[kept])
-    rows = np.concatenate(who) if who else np.empty(0, np.int64)
-    probes = np.concatenate(probed) if probed else np.empty(0, np.int64)
-    order = np.argsort(cells, kind="stable")
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    by_place = np.argsort(places[rows], kind="stable")
-    save_array(context.folder / f"cells-{number:06d}.npy", block[order].astype(context.rows.dtype))
-    save_arrays(
-        context.folder / f"cells-{number:06d}.npz",
-        rows=order + start,
-        cells=cells[order],
-        probe_counts=np.bincount(places[rows], minlength=len(block)),
-        probes=probes[by_place].astype(np.int32),
-    )
-    context.rows.release()
-
-
-def _cell_pairs(join: Join, cell: int) -> Iterator[Pairs]:
-    """Give pairs of stored rows: a cell's members with each other and with those that probe it."""
-    members = join.members_N[join.starts[cell] : join.starts[cell + 1]]
-    probing = join.probing[join.probing_starts[cell] : join.probing_starts[cell + 1]]
-    for first, last in spans(len(members), TILE):
-        targets = join.stored.at(members[first:last])
-        for start, stop in spans(last, TILE):
-            queries = targets if start == first else join.stored.at(members[start:stop])
-            left, right, cosines = _above(queries, targets, join.threshold)
-            once = left + start < right + first
-            yield Pairs(members[left[once] + start], members[right[once] + first], cosines[once])
-        for start, stop in spans(len(probing), TILE):
-            left, right, cosines = _above(join.stored.at(probing[start:stop]), targets, join.threshold)
-            a, b = probing[left + start], members[right + first]
-            # Where each probes the cell of the other, the pair comes up twice.
-            once = (a < b) | ~_probes(join, b, join.cells_N[a])
-            yield Pairs(a[once], b[once], cosines[once])
-
-
 def _join_cells(join: Join, span: tuple[int, int]) -> Pairs:
     """All pairs of rows that some cells have."""
     found = [pairs for cell in range(*span) for pairs in _cell_pairs(join, cell)]
-    join.stored.release()
+    join.cells.stored.release()
     if not found:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     left, right, cosines = (np.concatenate(column) for column in zip(*found, strict=True))
-    a, b = join.order_N[left], join.order_N[right]
+    a, b = join.cells.order_N[left], join.cells.order_N[right]
     return Pairs(np.minimum(a, b), np.maximum(a, b), cosines)
 
 
@@ -469,34 +311,78 @@ def _connect_cells(context: tuple[Join, Path], item: tuple[int, tuple[int, int]]
     """Write as few pairs of rows as connect what all pairs of some cells would, and the number of those."""
     join, folder = context
     number, span = item
+    order = join.cells.order_N
     left, right, count = np.empty(0, np.int64), np.empty(0, np.int64), 0
     for cell in range(*span):
-        for pairs in _cell_pairs(join, cell):
+        balls = _balls(join, cell)
+        for ball in range(int(balls.max(initial=-1)) + 1):
+            inside = order[join.cells.members_N[join.cells.starts[cell] + np.flatnonzero(balls == ball)]]
+            count += len(inside) * (len(inside) - 1) // 2
+            left, right = np.append(left, np.full(len(inside) - 1, inside[0])), np.append(right, inside[1:])
+        for pairs in _cell_pairs(join, cell, balls):
             count += len(pairs.left_P)
             left, right = forest(
-                np.concatenate((left, join.order_N[pairs.left_P])),
-                np.concatenate((right, join.order_N[pairs.right_P])),
+                np.concatenate((left, order[pairs.left_P])), np.concatenate((right, order[pairs.right_P]))
             )
-    join.stored.release()
+    join.cells.stored.release()
     save_arrays(folder / f"connected-{number:06d}.npz", left=left, right=right, count=count)
 
 
-def components(
-    vectors: Any, threshold: float, *, recall: float = 0.99, resources: Resources = NO_LIMITS
-) -> Components:
-    """Return the connected components of all pairs above a cosine; the pairs themselves are never held.
+def _balls(join: Join, cell: int) -> Integers:
+    """Return a number for those members of a large cell that are all near enough to each other; -1 for the others.
 
-    vectors, threshold, recall, raises: see `pairs_above`.
+    Two vectors within half the threshold's angle of a third are within the whole of each other, so thousands of
+    copies of one image need no comparison with one another.
     """
-    with prepared(vectors, threshold, recall, resources) as (join, folder):
-        items = list(enumerate(spans(len(join.starts) - 1, CELLS_OF_A_TASK)))
-        files = [folder / f"connected-{number:06d}.npz" for number, _ in items]
-        left = [item for item, file in zip(items, files, strict=True) if not file.is_file()]
-        for _ in resources.map(_connect_cells, (join, folder), left, held_bytes(join)):
-            pass
-        sets, pairs = UnionFind(len(join.order_N)), 0
-        for file in files:
-            held = load_arrays(file)
-            sets.union(held["left"], held["right"])
-            pairs += int(held["count"])
-        return Components(sets.labels(), pairs, join.compared, join.recall)
+    cells = join.cells
+    members = cells.members_N[cells.starts[cell] : cells.starts[cell + 1]]
+    balls = np.full(len(members), -1, np.int64)
+    if len(members) <= 2 * TILE:
+        return balls
+    half = float(np.sqrt((1 + join.threshold) / 2))  # cos(a / 2) from cos(a)
+    generator = np.random.default_rng([cell, len(members)])
+    number = 0
+    for _ in range(BALLS):
+        free = np.flatnonzero(balls < 0)
+        if not len(free):
+            break
+        pivot = cells.stored.at(members[generator.choice(free, 1)])[0]
+        near = np.concatenate(
+            [
+                cells.stored.at(members[free[start:stop]]) @ pivot >= half + 2 * ROUNDING
+                for start, stop in spans(len(free), TILE)
+            ]
+        )
+        if near.sum() >= TILE // 4:
+            balls[free[near]] = number
+            number += 1
+    return balls
+
+
+def _cell_pairs(join: Join, cell: int, balls: Integers | None = None) -> Iterator[Pairs]:
+    """Give pairs of stored rows: a cell's members with each other and with those that probe it.
+
+    balls: of members with the same number but -1 no pair is given, see `_balls`.
+    """
+    cells, stored = join.cells, join.cells.stored
+    members = cells.members_N[cells.starts[cell] : cells.starts[cell + 1]]
+    probing = cells.probing[cells.probing_starts[cell] : cells.probing_starts[cell + 1]]
+    ball = np.full(len(members), -1, np.int64) if balls is None else np.sort(balls)
+    if balls is not None:
+        members = members[np.argsort(balls, kind="stable")]
+    for first, last in spans(len(members), TILE):
+        targets = stored.at(members[first:last])
+        for start, stop in spans(last, TILE):
+            if ball[start] >= 0 and ball[start] == ball[last - 1]:
+                continue  # all of one ball, as they are sorted by it
+            queries = targets if start == first else stored.at(members[start:stop])
+            left, right, cosines = _above(queries, targets, join.threshold)
+            left, right = left + start, right + first
+            once = (left < right) & ((ball[left] < 0) | (ball[left] != ball[right]))
+            yield Pairs(members[left[once]], members[right[once]], cosines[once])
+        for start, stop in spans(len(probing), TILE):
+            left, right, cosines = _above(stored.at(probing[start:stop]), targets, join.threshold)
+            a, b = probing[left + start], members[right + first]
+            # Where each probes the cell of the other, the pair comes up twice.
+            once = (a < b) | ~cells.has_probe(b, cells.cells_N[a])
+            yield Pairs(a[once], b[once], cosines[once])

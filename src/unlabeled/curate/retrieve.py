@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, spans
+from unlabeled.curate.blocks import Floats, Integers, Resources
 from unlabeled.curate.hierarchy import Level
 from unlabeled.curate.kmeans import NO_LIMITS, Clusters, assign
-from unlabeled.curate.neighbours import TILE, Recall
+from unlabeled.curate.nearest import nearest_rows
+from unlabeled.curate.neighbours import Recall
 from unlabeled.errors import UserError
 
 
@@ -26,7 +27,6 @@ class Retrieved:
         sources_R: int64, the seed that each is most similar to, or the cluster it was drawn from.
         similarities_R: float32, cosine to that seed, or to the centroid.
         recall: of the neighbours, measured against brute force; None where none were searched for.
-        exact: whether all were compared.
     """
 
     images_R: Integers
@@ -43,54 +43,13 @@ def nearest_to_seeds(
     pool: (N, D). seeds: (S, D). recall: wanted, of the neighbours.
     Raises UserError for a k below 1 or other widths.
     """
-    rows, cosines = nearest_rows(pool, seeds, k, resources=resources)
-    which = np.repeat(np.arange(len(rows)), rows.shape[1])
-    flat, values = rows.ravel(), cosines.ravel()
+    found = nearest_rows(pool, seeds, k, recall=recall, resources=resources)
+    flat, values = found.rows_Qk.ravel(), found.cosines_Qk.ravel()
+    which = np.repeat(np.arange(len(found.rows_Qk)), found.rows_Qk.shape[1])
     order = np.lexsort((which, -values, flat))
+    order = order[flat[order] >= 0]
     images, first = np.unique(flat[order], return_index=True)
-    return Retrieved(
-        images, which[order][first], values[order][first], Recall(rows.size, rows.size, len(rows))
-    )
-
-
-def nearest_rows(
-    pool: Any, seeds: Any, k: int, *, resources: Resources = NO_LIMITS
-) -> tuple[Integers, Floats]:
-    """Return the k rows of the pool nearest to each seed, nearest first, (S, k), and their cosines, by brute force."""
-    rows, queries = Rows(pool), Rows(seeds)
-    if k < 1:
-        raise UserError(f"{k} neighbours of each seed; it takes one at least.")
-    if rows.shape[1] != queries.shape[1]:
-        raise UserError(
-            f"The pool's vectors have {rows.shape[1]} values and the seeds' {queries.shape[1]}: another model."
-        )
-    k = min(k, len(rows))
-    found, best = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-    blocks = spans(len(queries), 1024)
-    held = 4 * TILE * 1024 * 3
-    for (start, stop), (row, cosine) in zip(
-        blocks, resources.map(_search, (rows, queries, k), blocks, held), strict=True
-    ):
-        found[start:stop], best[start:stop] = row, cosine
-    return found, best
-
-
-def _search(context: tuple[Rows, Rows, int], span: tuple[int, int]) -> tuple[Integers, Floats]:
-    rows, queries, k = context
-    block = queries.between(*span)
-    best = np.empty((len(block), 0), np.float32)
-    found = np.empty((len(block), 0), np.int64)
-    for start, stop in spans(len(rows), TILE):
-        best = np.concatenate((best, block @ rows.between(start, stop).T), axis=1)
-        found = np.concatenate(
-            (found, np.broadcast_to(np.arange(start, stop), (len(block), stop - start))), axis=1
-        )
-        if best.shape[1] > k:
-            top = np.argpartition(-best, k - 1, axis=1)[:, :k]
-            best, found = np.take_along_axis(best, top, 1), np.take_along_axis(found, top, 1)
-    rows.release()
-    order = np.lexsort((found, -best), axis=1)
-    return np.take_along_axis(found, order, 1), np.take_along_axis(best, order, 1)
+    return Retrieved(images, which[order][first], values[order][first], found.recall)
 
 
 def from_seed_clusters(
@@ -110,7 +69,7 @@ def from_seed_clusters(
     """
     if per_cluster < 1 or most < 1:
         raise UserError(f"{per_cluster} images of a cluster, {most} of all; it takes one of each at least.")
-    labels, _ = assign(seeds, clusters.centroids_KD, resources=resources)
+    labels, *_ = assign(seeds, clusters.centroids_KD, resources=resources)
     chosen = np.flatnonzero(np.bincount(labels, minlength=len(clusters.centroids_KD)) > more_than)
     generator = np.random.default_rng([resources.seed, 4])
     order = generator.permutation(len(clusters.labels_N))

@@ -1,0 +1,277 @@
+"""The k nearest rows of a pool for many queries: exact products inside the nearest cells of a k-means.
+
+Few queries, or a small pool, are compared with all of it. Else each query probes the p cells with the nearest
+centroids; p is chosen on a sample by the recall wanted, and the recall is measured on another sample.
+
+Shape suffixes: N rows of the pool, Q queries, D width, K cells, k neighbours, p probes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
+from unlabeled.curate.cells import FEW, TILE, Cells, cell_count, check_memory, find_centroids, lay_out
+from unlabeled.curate.kmeans import NO_LIMITS
+from unlabeled.curate.neighbours import ROUNDING, Recall
+from unlabeled.errors import UserError
+from unlabeled.weights.files import replacing
+
+SAMPLE = 1024  # queries: the first half chooses the number of probes, the second measures
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Neighbours of queries.
+
+    Attributes:
+        rows_Qk: int64, nearest first; -1 where there is none.
+        cosines_Qk: float32; -inf where there is none.
+        recall: of them, on a sample; of all where all were compared.
+    """
+
+    rows_Qk: Integers
+    cosines_Qk: Floats
+    recall: Recall
+
+
+def nearest_rows(
+    pool: Any,
+    queries: Any,
+    k: int,
+    *,
+    above: float = -1.0,
+    recall: float = 0.99,
+    resources: Resources = NO_LIMITS,
+) -> Nearest:
+    """Find the k rows of a pool nearest to each query.
+
+    pool: (N, D). queries: (Q, D). above: cosine; what is below it does not count. recall: wanted.
+    Raises UserError for a k below 1, a recall that is not above 0 and up to 1, or other widths.
+    """
+    rows, others = Rows(pool), Rows(queries)
+    if k < 1:
+        raise UserError(f"{k} neighbours of each image; it takes one at least.")
+    if not 0 < recall <= 1:
+        raise UserError(f"A recall is above 0 and up to 1, not {recall:g}.")
+    if rows.shape[1] != others.shape[1]:
+        raise UserError(
+            f"Vectors of {rows.shape[1]} and of {others.shape[1]} values; both must be of the same model."
+        )
+    k = min(k, len(rows))
+    if len(rows) <= FEW or len(others) <= 2 * cell_count(len(rows)) or recall == 1:
+        best = by_brute_force(rows, others, k, above, resources)
+        count = int((best.rows_Qk >= 0).sum())
+        return Nearest(best.rows_Qk, best.cosines_Qk, Recall(count, count, len(others)))
+    check_memory(len(rows), resources)
+    identity = {
+        "pool": rows.fingerprint(),
+        "queries": others.fingerprint(),
+        "k": int(k),
+        "above": float(above),
+        "recall": float(recall),
+        "seed": resources.seed,
+        "memory": resources.memory,
+    }
+    with resources.folder("nearest", identity) as folder:
+        return _in_cells(rows, others, k, above, recall, folder, resources)
+
+
+def by_brute_force(rows: Rows, queries: Rows, k: int, above: float, resources: Resources) -> Nearest:
+    """Compare each query with all rows."""
+    size = resources.block_rows(4 * rows.shape[1])
+    items = [(one, other) for one in spans(len(queries), 8192) for other in spans(len(rows), size)]
+    held = 4 * rows.shape[1] * (size + 8192) + 12 * 8192 * (TILE + k)
+    best = _Best(len(queries), k)
+    for found in resources.map(_compare, (rows, queries, k, above), items, held):
+        best.add(*found)
+    return best.sorted()
+
+
+class _Best:
+    """The k best rows of each query so far."""
+
+    def __init__(self, count: int, k: int) -> None:
+        self.rows = np.full((count, k), -1, np.int64)
+        self.cosines = np.full((count, k), -np.inf, np.float32)
+
+    def add(self, queries: Integers, rows: Integers, cosines: Floats) -> None:
+        """Offer rows (n, m) with cosines (n, m) to the queries (n,), each of them once."""
+        k = self.rows.shape[1]
+        cosines = np.concatenate((self.cosines[queries], cosines), axis=1)
+        rows = np.concatenate((self.rows[queries], rows), axis=1)
+        self.rows[queries], self.cosines[queries] = _top(rows, cosines, k)
+
+    def sorted(self) -> Nearest:
+        """Nearest first, the smaller row of equal ones."""
+        order = np.lexsort((self.rows, -self.cosines), axis=1)
+        rows = np.take_along_axis(self.rows, order, 1)
+        return Nearest(rows, np.take_along_axis(self.cosines, order, 1), Recall(0, 0, 0))
+
+
+def _top(rows: Integers, cosines: Floats, k: int) -> tuple[Integers, Floats]:
+    if cosines.shape[1] <= k:
+        return rows, cosines
+    top = cosines.argmax(axis=1)[:, None] if k == 1 else np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+    return np.take_along_axis(rows, top, 1), np.take_along_axis(cosines, top, 1)
+
+
+def _search(block_nD: Floats, targets_mD: Floats, k: int, above: float) -> tuple[Integers, Floats]:
+    """Places in targets and cosines of the k best, (n, k or m if that is less); -1 and -inf for those below `above`."""
+    found, best = [], []
+    for first, last in spans(len(block_nD), TILE):
+        rows = np.empty((last - first, 0), np.int64)
+        cosines = np.empty((last - first, 0), np.float32)
+        for start, stop in spans(len(targets_mD), TILE):
+            scores = block_nD[first:last] @ targets_mD[start:stop].T
+            places, values = _top(np.broadcast_to(np.arange(start, stop), scores.shape), scores, k)
+            rows, cosines = _top(
+                np.concatenate((rows, places), axis=1), np.concatenate((cosines, values), axis=1), k
+            )
+        low = cosines < above - ROUNDING
+        found.append(np.where(low, -1, rows))
+        best.append(np.where(low, np.float32(-np.inf), cosines))
+    return np.concatenate(found), np.concatenate(best)
+
+
+def _compare(
+    context: tuple[Rows, Rows, int, float], item: tuple[tuple[int, int], tuple[int, int]]
+) -> tuple[Integers, Integers, Floats]:
+    rows, queries, k, above = context
+    (first, last), (start, stop) = item
+    places, cosines = _search(queries.between(first, last), rows.between(start, stop), k, above)
+    rows.release()
+    queries.release()
+    return np.arange(first, last), np.where(places < 0, -1, places + start), cosines
+
+
+def _in_cells(
+    rows: Rows, queries: Rows, k: int, above: float, recall: float, folder: Path, resources: Resources
+) -> Nearest:
+    centroids = find_centroids(rows, folder, resources)
+    cells = lay_out(rows, centroids, 0, folder, resources)
+    file = folder / "probes.json"
+    if not file.is_file():
+        probes, found, pairs, count = _chosen(rows, queries, cells, centroids, k, above, recall, resources)
+        with replacing(file) as temporary:
+            temporary.write_text(
+                json.dumps({"probes": probes, "found": found, "pairs": pairs, "queries": count})
+            )
+    chosen = json.loads(file.read_text())
+    check_memory(len(queries), resources, 24 * chosen["probes"] + 12 * k)
+    size = resources.block_rows(4 * (rows.shape[1] + 2 * len(centroids)))
+    held = 12 * TILE * len(centroids) + 4 * rows.shape[1] * size
+    probed = resources.map(_probe, (queries, centroids, chosen["probes"]), spans(len(queries), size), held)
+    probes_Qp = np.concatenate(list(probed))
+    order = np.argsort(probes_Qp.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(probes_Qp.ravel(), minlength=len(centroids)))
+    starts = np.concatenate(([0], ends))
+    context = _InCells(cells, queries, order // chosen["probes"], starts, k, above, folder)
+    items = list(enumerate(cells.tasks))
+    files = [folder / f"nearest-{number:06d}.npz" for number, _ in items]
+    left = [item for item, file in zip(items, files, strict=True) if not file.is_file()]
+    for _ in resources.map(_search_cells, context, left, cells.task_bytes):
+        pass
+    best = _Best(len(queries), k)
+    for file in files:
+        part = load_arrays(file)
+        for number in range(int(part["count"])):
+            best.add(part[f"queries{number}"], part[f"rows{number}"], part[f"cosines{number}"])
+    result = best.sorted()
+    measured = Recall(chosen["found"], chosen["pairs"], chosen["queries"])
+    return Nearest(result.rows_Qk, result.cosines_Qk, measured)
+
+
+def _chosen(
+    rows: Rows,
+    queries: Rows,
+    cells: Cells,
+    centroids_KD: Floats,
+    k: int,
+    above: float,
+    recall: float,
+    resources: Resources,
+) -> tuple[int, int, int, int]:
+    """Return the number of cells to probe, and on other queries how many of how many neighbours that finds."""
+    generator = np.random.default_rng([resources.seed, 6])
+    drawn = np.sort(generator.choice(len(queries), min(SAMPLE, len(queries)), replace=False))
+    sample = queries.at(drawn)
+    true = by_brute_force(rows, Rows(sample), k, above, resources).rows_Qk
+    cell_of = np.empty(len(rows), np.int32)
+    cell_of[cells.order_N] = cells.cells_N
+    scores = sample @ centroids_KD.T
+    query, place = np.nonzero(true >= 0)
+    own = scores[query, cell_of[true[query, place]]]
+    ranks = np.concatenate(
+        [
+            (scores[query[start:stop]] > own[start:stop, None]).sum(axis=1)
+            for start, stop in spans(len(query), TILE)
+        ]
+        or [np.empty(0, np.int64)]
+    )
+    chooses = query % 2 == 0
+    if not chooses.any():  # nothing is near, so there is nothing to choose by
+        return min(len(centroids_KD), 8), 0, 0, len(drawn) // 2
+    place_of = int(np.ceil((1 + recall) / 2 * chooses.sum())) - 1
+    probes = int(np.sort(ranks[chooses])[place_of]) + 1
+    return probes, int((ranks[~chooses] < probes).sum()), int((~chooses).sum()), len(drawn) // 2
+
+
+def _probe(context: tuple[Rows, Floats, int], span: tuple[int, int]) -> NDArray[np.int32]:
+    """The cells that each query of a block probes, (n, p)."""
+    queries, centroids, probes = context
+    block = queries.between(*span)
+    queries.release()
+    parts = []
+    for start, stop in spans(len(block), TILE):
+        scores = block[start:stop] @ centroids.T
+        parts.append(np.argpartition(-scores, probes - 1, axis=1)[:, :probes].astype(np.int32))
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class _InCells:
+    """What a task needs; starts: where the queries of each cell begin in `probing`."""
+
+    cells: Cells
+    queries: Rows
+    probing: Integers
+    starts: Integers
+    k: int
+    above: float
+    folder: Path
+
+
+def _search_cells(context: _InCells, item: tuple[int, tuple[int, int]]) -> None:
+    """Write for each of some cells: the queries that probe it, and their best rows and cosines."""
+    number, span = item
+    written: dict[str, Any] = {}
+    count = 0
+    for queries, rows, cosines in _cell_results(context, span):
+        written |= {f"queries{count}": queries, f"rows{count}": rows, f"cosines{count}": cosines}
+        count += 1
+    context.cells.stored.release()
+    context.queries.release()
+    save_arrays(context.folder / f"nearest-{number:06d}.npz", count=count, **written)
+
+
+def _cell_results(context: _InCells, span: tuple[int, int]) -> Iterator[tuple[Integers, Integers, Floats]]:
+    cells = context.cells
+    for cell in range(*span):
+        members = cells.members_N[cells.starts[cell] : cells.starts[cell + 1]]
+        probing = context.probing[context.starts[cell] : context.starts[cell + 1]]
+        for first, last in spans(len(members), FEW):
+            targets = cells.stored.at(members[first:last])
+            for start, stop in spans(len(probing), TILE):
+                queries = probing[start:stop]
+                places, cosines = _search(context.queries.at(queries), targets, context.k, context.above)
+                some = (places >= 0).any(axis=1)
+                rows = np.where(places < 0, -1, cells.order_N[members[places + first]])
+                yield queries[some], rows[some], cosines[some]
