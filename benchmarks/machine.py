@@ -48,3 +48,12 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size / 1e9 if sys.platform == "darwin" else size * 1024 / 1e9
+
+
+def report(lines: list[str], out: Path | None) -> None:
+    """Print a part of a table when it is known, and add it to a file, which a line that begins with one # begins."""
+    text = "\n".join(lines) + "\n"
+    print(text, flush=True)
+    if out:
+        with out.open("w" if text.startswith("# ") else "a") as file:
+            file.write(text)

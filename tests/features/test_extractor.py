@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unlabeled import Extractor, UserError
-from unlabeled.features.engines import exact_engine, weights_hash
+from unlabeled.features.engines import exact_engine, has_8_bit_products, weights_hash
 from unlabeled.features.packed import PackedBackbone, can_pack
 from unlabeled.features.preprocessing import Preprocessing
 from unlabeled.images.transform import evaluation_transform, normalize
@@ -290,3 +290,11 @@ def test_bfloat16_compiles(
     with torch.inference_mode():
         cosine = torch.cosine_similarity(engine(images).cls.float(), model(images).cls)
     assert 0.99 < cosine.item() < 1 - 1e-9
+
+
+def test_what_a_processor_says_of_8_bits(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    assert has_8_bit_products(file)  # not there: it cannot be told
+    for flags, expected in (("avx2 fma", False), ("avx2 avx_vnni", True), ("fp asimd asimddp", True)):
+        file.write_text(f"processor : 0\nflags\t: {flags}\n")
+        assert has_8_bit_products(file) is expected

@@ -35,9 +35,13 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Turn images into vectors: a feature table, that search, curation and evaluation read."""
+    from unlabeled.devices import choose_device
     from unlabeled.features.embed import embed as run_embed
+    from unlabeled.features.engines import has_8_bit_products
 
     terminal = console(as_json)
+    if fast and choose_device(device).type == "cpu" and not has_8_bit_products():
+        terminal.print("--fast: this processor has no instructions for 8 bits; float32 is probably faster")
     table = run_embed(
         data, model, out, kind=kind, layer=layer, size=size, shape=shape, dtype=dtype, fast=fast,  # type: ignore[arg-type]
         device=device, batch_size=batch_size, console=terminal,
