@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from unlabeled.dense import inference
 from unlabeled.dense.heads import DepthHead, SegmentationHead
 from unlabeled.dense.losses import resized
+from unlabeled.dense.masks import IGNORE
 from unlabeled.dense.released import load_released_head, read_released_head
 from unlabeled.devices import choose_device
 from unlabeled.errors import UserError, writing
@@ -258,13 +259,8 @@ def _released_head(
 
 
 def palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """Return a colour for each class that is unlike those of its neighbours."""
-    from matplotlib import colormaps
+    """Return the colour of each class, as masks are shown everywhere."""
+    from unlabeled.dense.mask_pictures import class_colour
 
-    if num_classes <= 20:
-        order = [*range(0, 20, 2), *range(1, 20, 2)]
-        colours = [colormaps["tab20"](order[number]) for number in range(num_classes)]
-    else:
-        golden = (5**0.5 - 1) / 2
-        colours = [colormaps["hsv"]((number * golden) % 1) for number in range(num_classes)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b, _ in colours]
+    colours = [(255 * class_colour(number % IGNORE)).round().astype(int) for number in range(num_classes)]
+    return [(int(red), int(green), int(blue)) for red, green, blue in colours]
