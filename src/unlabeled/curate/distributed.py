@@ -98,6 +98,12 @@ def cluster(address: str | None = None, workers: int = 0) -> Iterator[RayExecuto
         ray.init(include_dashboard=False, log_to_driver=False, **options)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"No Ray cluster at {address}: {error}") from error
+    except Exception as error:  # Ray raises no class of its own where its processes do not answer in time
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not start in its 30 seconds; this machine is too busy or short of memory."
+        ) from error
     try:
         yield RayExecutor()
     finally:
