@@ -111,11 +111,12 @@ def curate(
     wanted = _wanted(steps, values, exclude_data, seed_data)
     for one in (*exclude_data, *seed_data):
         open_source(one)  # before hours of other work
-    _claim(folder)
     text = _lasting(data)
     if is_url_list(text):
+        _claim(folder)
         text = str(collect(text, folder / "work" / "collected", values.collect, console=console).path)
     source = open_source(text)
+    _claim(folder)
     _check_same(folder, text, source)
     with writing(folder), replacing(folder / "recipe.toml") as part:
         write_recipe(values, part)
