@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlabeled.curate import copies
-from unlabeled.curate.copies import TRANSFORMATIONS, Pixels, collage, composition, make_copy
+from unlabeled.curate.copies import TRANSFORMATIONS, collage, composition, make_copy
+from unlabeled.curate.overlays import Pixels
 
 ALL = {
     **TRANSFORMATIONS,
@@ -88,9 +89,8 @@ def test_a_rotation_loses_no_corner() -> None:
             assert near >= 12  # of 25 pixels, edges blend
 
 
-def test_jpeg_qualities_span_copydays() -> None:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+def test_jpeg_qualities_span_copydays(photograph: np.ndarray) -> None:
+    pixels = photograph[100:200, 100:200]
     errors = [
         float(np.abs(copies.jpeg(pixels, np.random.default_rng(seed)).astype(int) - pixels).mean())
         for seed in range(60)
