@@ -13,7 +13,7 @@ from tests.dense.discs import moving
 from unlabeled import UserError, VisionTransformer
 from unlabeled.dense import propagate_data as module
 from unlabeled.dense.masks import labels_of
-from unlabeled.dense.propagate import Labelled, Propagation, propagated
+from unlabeled.dense.propagate import Labelled, Propagation, normalised, propagated
 from unlabeled.dense.propagate_data import propagate_data
 from unlabeled.dense.regions import region_similarity
 from unlabeled.dense.video import Frames, write_video
@@ -81,6 +81,14 @@ def test_the_first_and_the_last_frames_are_remembered() -> None:
         expected = looped(features, [first, *seen[1:][-2:]], 3, 2, 0.1)
         seen.append(propagation.next(features))
         np.testing.assert_allclose(seen[-1].labels, expected, atol=1e-5)
+
+
+def test_a_map_is_spread_from_0_to_1_unless_nothing_is_in_it() -> None:
+    np.testing.assert_allclose(
+        normalised(np.array([[0.2, 0.3], [0.4, 0.2]], np.float32)), [[0, 0.5], [1, 0]], atol=1e-6
+    )
+    for flat in (np.zeros((2, 2), np.float32), np.full((2, 2), 0.3, np.float32)):
+        np.testing.assert_array_equal(normalised(flat), flat)
 
 
 @pytest.fixture

@@ -134,14 +134,13 @@ def _tile(
     return (weights[:, :, None] * labels_KRSC.flatten(0, 2)[places]).sum(1).view(r, c, -1)
 
 
-def normalised(maps_CHW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return each map from 0 at its least to 1 at its most, as the protocol does before the classes are compared.
+def normalised(map_HW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a class's map from 0 at its least to 1 at its most, as the protocol does before classes are compared.
 
-    A map that has no positive value stays as it is, and one that is the same everywhere.
+    So a small object, whose labels fade from frame to frame, is not lost to what surrounds it. A map that is the same
+    everywhere, or has no positive value, stays as it is.
     """
-    low = maps_CHW.min((1, 2), keepdims=True)
-    high = maps_CHW.max((1, 2), keepdims=True)
-    scaled: NDArray[np.float32] = np.where(
-        (high > 0) & (high > low), (maps_CHW - low) / np.maximum(high - low, 1e-12), maps_CHW
-    )
-    return scaled
+    low, high = float(map_HW.min()), float(map_HW.max())
+    if high <= 0 or high == low:
+        return map_HW
+    return (map_HW - np.float32(low)) / np.float32(high - low)

@@ -15,9 +15,18 @@ from PIL import Image
 
 from unlabeled.dense.mask_pictures import draw_frames, overlay
 from unlabeled.dense.masks import OBJECT, Labels, patch_shares
-from unlabeled.dense.propagate import MEMORY, NEIGHBOURHOOD, TEMPERATURE, TOP, Labelled, Propagation
-from unlabeled.dense.reference import decided, dense_extractor, mask_values
+from unlabeled.dense.propagate import (
+    MEMORY,
+    NEIGHBOURHOOD,
+    TEMPERATURE,
+    TOP,
+    Labelled,
+    Propagation,
+    normalised,
+)
+from unlabeled.dense.reference import dense_extractor, largest, mask_values
 from unlabeled.dense.segment_data import Places, begin, named, save_image
+from unlabeled.dense.upsample import upsampled
 from unlabeled.dense.video import Frame, Frames, write_video
 from unlabeled.errors import UserError, writing
 from unlabeled.features.fitting import unit_rows
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
 
     from unlabeled.vit import VisionTransformer
 
-RADIUS = 1.0  # patches, of the filter that takes masks to pixels
+RADIUS = 0.5  # patches, of the filter that takes masks to pixels
 SHOWN = 6  # frames on the page
 
 
@@ -98,7 +107,8 @@ def propagate_data(
                 unit = unit_rows(features_hwD).reshape(features_hwD.shape)
                 if done:
                     known = state.at(done).next(unit)
-                    places_HW, _ = decided(known.labels, frame.pixels, radius)
+                    maps = upsampled(known.labels, frame.pixels, radius)
+                    places_HW, _ = largest(normalised(one) for one in maps)
                     mask_HW = mask_values(labels.classes, labels.is_binary)[places_HW]
                 else:
                     shares = _shares(labels, unit)

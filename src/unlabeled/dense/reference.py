@@ -6,7 +6,7 @@ Nothing is trained. Shape suffixes: C classes, P prototypes, N patches, D width,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -198,8 +198,19 @@ def learn_prototypes(
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     grids = cast("list[NDArray[np.float32]]", extractor(references.images))
+    return prototypes_of(grids, references.labels, extractor, num_prototypes, radius, seed)
+
+
+def prototypes_of(
+    grids: Sequence[NDArray[np.float32]],
+    labels: Labels,
+    extractor: Extractor,
+    num_prototypes: int = PROTOTYPES,
+    radius: float = RADIUS,
+    seed: int = 0,
+) -> Prototypes:
+    """`learn_prototypes`, from the patch features (h, w, D) of images and their labels."""
     features_ND = np.concatenate([grid.reshape(-1, grid.shape[-1]) for grid in grids])
-    labels = references.labels
     shares_CN = np.stack(
         [
             np.concatenate(
@@ -297,16 +308,20 @@ def spherical_kmeans(
 def decided(
     maps_Chw: NDArray[np.float32], pixels_HW3: NDArray[np.uint8], radius: float = RADIUS
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Return the place of the largest of some maps at each pixel of an image, and by how much it is, (H, W) both.
+    """Return the place of the largest of some maps at each pixel of an image, and by how much it is, (H, W) both."""
+    return largest(upsampled(maps_Chw, pixels_HW3, radius))
+
+
+def largest(maps: Iterable[NDArray[np.float32]]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Return the place of the largest of some maps (H, W), and by how much it is larger than the next, (H, W) both.
 
     One map at a time, so that memory does not grow with the classes. Of equals the first.
     """
-    shape = pixels_HW3.shape[:2]
-    best, second = np.full(shape, -np.inf, np.float32), np.full(shape, -np.inf, np.float32)
-    place_HW = np.zeros(shape, np.intp)
-    for place, values in enumerate(upsampled(maps_Chw, pixels_HW3, radius)):
+    best = second = np.array(-np.inf, np.float32)
+    place_HW = np.array(0)
+    for place, values in enumerate(maps):
         higher = values > best
         second = np.where(higher, best, np.maximum(second, values))
         best = np.where(higher, values, best)
-        place_HW[higher] = place
+        place_HW = np.where(higher, place, place_HW)
     return place_HW, best - second
