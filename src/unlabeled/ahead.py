@@ -13,13 +13,15 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def ahead(pool: ThreadPoolExecutor, make: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
-    """What `make` makes of each, in order, by threads that are LOOKAHEAD of them ahead."""
+def ahead(
+    pool: ThreadPoolExecutor, make: Callable[[Given], Made], given: Iterable[Given], most: int = LOOKAHEAD
+) -> Iterator[Made]:
+    """What `make` makes of each, in order, by threads that are at most so many of them ahead."""
     waiting: deque[Future[Made]] = deque()
     try:
         for one in given:
             waiting.append(pool.submit(make, one))
-            if len(waiting) > LOOKAHEAD:
+            if len(waiting) > most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -9,10 +9,12 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
 from tests.finetune.conftest import examples_of, small_model
+from unlabeled.dense.losses import resized
 from unlabeled.evaluate.knn import knn_predict
 from unlabeled.finetune.fitted import fit_knn, fit_logreg
 from unlabeled.finetune.heads import KnnHead, LinearHead, pooled
 from unlabeled.finetune.recipe import TrainRecipe
+from unlabeled.finetune.saved import most_likely
 from unlabeled.finetune.tasks import DataOptions, class_figures, split
 from unlabeled.finetune.train import Validation
 from unlabeled.vit import Tokens
@@ -108,3 +110,12 @@ def test_held_out_is_a_share_of_each_class(shots: int) -> None:
     other, _ = split(labels, DataOptions("data", held_out=0.1, shots=shots, seed=1))
     assert np.array_equal(chosen, again) and not np.array_equal(chosen, other)
     assert (np.diff(chosen) > 0).all()
+
+
+@pytest.mark.parametrize("num_classes", [2, 8, 9, 21])
+def test_classes_a_few_at_a_time_are_all_at_once(num_classes: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(num_classes, 5, 6).round(decimals=1)  # with equals
+    logits[-1] = logits[0]
+    found = most_likely(logits, (23, 17))
+    assert torch.equal(found, resized(logits[None], (23, 17))[0].argmax(0))

@@ -17,6 +17,7 @@ from unlabeled.features.page import Page, Scale, grey, heat, lay_out, photograph
 
 DEPTH_COLOURS = "viridis_r"  # near is bright
 STRENGTH = 0.6  # of the classes' colours over an image
+NARROW = 240  # pixels that a depth picture is wide at least
 BAR_SHARE = 0.16  # of the height, at the foot of a depth picture
 
 
@@ -39,7 +40,12 @@ def overlay(
 
 
 def coloured_depth(metres_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return depth as colours, the nearest bright, above a bar that says what they are in metres."""
+    """Return depth as colours, the nearest bright, above a bar that says what they are in metres.
+
+    Small maps are shown larger, so that the numbers have room.
+    """
+    times = -(-NARROW // metres_HW.shape[1])
+    metres_HW = metres_HW.repeat(times, axis=0).repeat(times, axis=1)
     low, high = float(metres_HW.min()), float(metres_HW.max())
     shares = (metres_HW - low) / max(high - low, 1e-9)
     height, width = metres_HW.shape
@@ -50,10 +56,9 @@ def coloured_depth(metres_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
     bar = Image.fromarray(to_bytes(ramp)).resize((max(width - 16, 2), foot // 3))
     picture.paste(bar, (8, height + foot // 8))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(9, foot // 3))
-    for text, place, anchor in (
-        (f"{low:.2f} m", 8, "ls"), (f"{(low + high) / 2:.2f} m", width / 2, "ms"), (f"{high:.2f} m", width - 8, "rs"),
-    ):  # fmt: skip
-        draw.text((place, height + foot - 4), text, "black", font, anchor)
+    numbers = [(low, 8, "ls"), ((low + high) / 2, width / 2, "ms"), (high, width - 8, "rs")]
+    for metres, place, anchor in numbers:
+        draw.text((place, height + foot - 4), f"{metres:.2f} m", "black", font, anchor)
     return np.asarray(picture)
 
 

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from unlabeled.ahead import ahead
+from unlabeled.ahead import LOOKAHEAD, ahead
 from unlabeled.dense.labelled import DenseData, depth_images, labelled_images, read_depth, read_labels
 from unlabeled.errors import UserError, writing
 from unlabeled.finetune.batches import num_threads
@@ -83,7 +83,8 @@ class _Loaded(NamedTuple):
     key: str
     reason: str = ""
     label: int | None = None
-    pixels: NDArray[np.uint8] | None = None  # (H, W, 3)
+    size: tuple[int, int] = (0, 0)  # height, width
+    pixels: NDArray[np.uint8] | None = None  # (H, W, 3), where pictures are made of it
     prepared: NDArray[np.uint8] | None = None  # (3, h, w)
 
 
@@ -126,10 +127,9 @@ def predict(
         writing(folder), journal.open("a", encoding="utf-8") as file,
         _progress(console, len(done), len(source)) as progress,
     ):  # fmt: skip
-        for batch in _batches(source, waiting, trained, bad):
+        for batch in _batches(source, waiting, trained, bad, pictures and task == "segment"):
             prepared = torch.from_numpy(np.stack([one.prepared for one in batch if one.prepared is not None]))
-            sizes = [one.pixels.shape[:2] for one in batch if one.pixels is not None]
-            found = trained.results(trained.outputs(prepared), sizes)
+            found = trained.results(trained.outputs(prepared), [one.size for one in batch])
             for one, result in zip(batch, found, strict=True):
                 row = write(one, result, names)
                 if task == "classify" and one.label is not None and source.class_names:
@@ -215,7 +215,7 @@ def _progress(console: Console | None, done: int, total: int) -> Progress:
 
 
 def _batches(
-    source: Source, indices: list[int], trained: TrainedHead, bad: BadFiles
+    source: Source, indices: list[int], trained: TrainedHead, bad: BadFiles, keeps_pixels: bool
 ) -> Iterator[list[_Loaded]]:
     """Give the images that can be read, in order, neighbours of one shape together."""
 
@@ -225,13 +225,16 @@ def _batches(
             sample = source.read(index)
             key = sample.key
             pixels = decode(sample.data)
-            return _Loaded(index, key, "", sample.label, pixels, trained.preprocessing(pixels))
+            size, prepared = (pixels.shape[0], pixels.shape[1]), trained.preprocessing(pixels)
+            kept = pixels if keeps_pixels else None
+            return _Loaded(index, key, "", sample.label, size, kept, prepared)
         except (BadImage, OSError, UserError) as error:
             return _Loaded(index, key, str(error))
 
     waiting: list[_Loaded] = []
     with ThreadPoolExecutor(num_threads()) as pool:
-        for one in ahead(pool, load, indices):
+        # Whole photographs are large: few of them wait.
+        for one in ahead(pool, load, indices, 8 if keeps_pixels else LOOKAHEAD):
             if one.prepared is None:
                 bad.add(one.key, one.reason)
                 continue
@@ -260,8 +263,7 @@ class _Writer:
     def __call__(self, one: _Loaded, result: Any, names: set[str]) -> Row:
         if self.info.task == "classify":
             return Row(index=one.place, key=one.key, top=result.top)
-        assert one.pixels is not None
-        height, width = one.pixels.shape[:2]
+        height, width = one.size
         part = "masks" if self.info.task == "segment" else "depth"
         file = f"{part}/{_name_of(one.key)}.png"
         if file in names:  # of two images that differ in their ending only
@@ -272,7 +274,7 @@ class _Writer:
             self._image(file, _mask(result, self.info.palette))
             counts = np.bincount(result.reshape(-1), minlength=len(self.info.classes)) / result.size
             row["shares"] = {self.info.classes[c]: float(counts[c]) for c in np.flatnonzero(counts)}
-            if self.pictures:
+            if self.pictures and one.pixels is not None:
                 picture = overlay(one.pixels, result, self.info.palette)
                 self._image(file.replace("masks/", "overlays/", 1), Image.fromarray(picture))
             return row

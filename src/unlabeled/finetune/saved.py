@@ -50,6 +50,7 @@ KINDS: dict[str, type[nn.Module]] = {
     "SegmentationHead": SegmentationHead,
     "DepthHead": DepthHead,
 }
+CLASSES_AT_ONCE = 8  # whose maps are resized to an image
 LONG = 2.0  # from this ratio of the sides on, an image is seen through a window that slides along it
 
 
@@ -141,18 +142,29 @@ class TrainedHead:
             raise UserError("The model computes infinities or NaN; are its weights whole?")
         if self.info.task == "classify":
             return [self._classified(row) for row in outputs.softmax(dim=1).cpu().numpy()]
-        found: list[Any] = []
-        for one, size in zip(outputs, sizes, strict=True):
-            map_HW = resized(one[None], size)[0]
-            found.append(
-                map_HW.argmax(0).cpu().numpy() if self.info.task == "segment" else map_HW[0].cpu().numpy()
-            )
-        return found
+        if self.info.task == "depth":
+            return [
+                resized(one[None], size)[0, 0].cpu().numpy() for one, size in zip(outputs, sizes, strict=True)
+            ]
+        return [most_likely(one, size).cpu().numpy() for one, size in zip(outputs, sizes, strict=True)]
 
     def _classified(self, probabilities_C: NDArray[np.float32]) -> Classified:
         order = np.argsort(-probabilities_C, kind="stable")[:5]
         top = [(self.info.classes[one], float(probabilities_C[one])) for one in order]
         return Classified(*top[0], top, probabilities_C)
+
+
+def most_likely(logits_Chw: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the class of each pixel of an image of `size` (H, W), int64; of equals the lower one.
+
+    A few classes are resized at a time: all of them, at the size of a photograph, are gigabytes.
+    """
+    best, classes = resized(logits_Chw[None, :CLASSES_AT_ONCE], size)[0].max(0)
+    for first in range(CLASSES_AT_ONCE, len(logits_Chw), CLASSES_AT_ONCE):
+        more, which = resized(logits_Chw[None, first : first + CLASSES_AT_ONCE], size)[0].max(0)
+        classes = torch.where(more > best, which + first, classes)
+        best = torch.maximum(best, more)
+    return classes
 
 
 def save_head(

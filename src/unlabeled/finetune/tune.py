@@ -34,6 +34,7 @@ from unlabeled.images.bad_files import BadFiles
 from unlabeled.weights.files import read_json, replacing
 from unlabeled.weights.load import load_model
 
+NOTHING_LOST = {"recipe.json", "bad_files.jsonl"}  # what a training that failed before it began leaves
 FITTED = ("logreg", "knn")  # heads that are computed, not trained step by step
 
 
@@ -128,7 +129,9 @@ def finetune(
         folder = Path(out).expanduser()
         options = DataOptions(str(data), str(val), held_out, shots, size, ignore, depth_scale, seed)
         plan = _planned(task, backbone, head, str(model), options, train or {}, copy_backbone)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (
+            folder.is_dir() and {one.name for one in folder.iterdir()} <= NOTHING_LOST
+        ):
             raise UserError(
                 f"{folder} exists and is not empty; choose another --out, or go on with --resume."
             )
@@ -142,7 +145,10 @@ def finetune(
     plan["resolved"] = dataclasses.asdict(recipe)
     with writing(folder), replacing(folder / "recipe.json") as part:
         part.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    for note in opened.notes:
+    last = (
+        () if opened.validation else ("nothing is held out to choose the weights by; the last ones are kept",)
+    )
+    for note in opened.notes + last:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     bad = BadFiles(folder / "bad_files.jsonl")
     for key, reason in opened.bad:
