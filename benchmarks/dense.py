@@ -30,7 +30,8 @@ from unlabeled.evaluate.dense_heads import ChosenHead, chosen_head, maps_of
 from unlabeled.evaluate.depth import measured as depth_of
 from unlabeled.evaluate.result import Result
 from unlabeled.evaluate.segmentation import measured as segmentation_of
-from unlabeled.finetune.tasks import DataOptions, palette
+from unlabeled.finetune.saved import palette
+from unlabeled.finetune.tasks import DataOptions
 from unlabeled.images.transform import normalize
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model
@@ -88,7 +89,7 @@ def segmentation(args: argparse.Namespace, console: Console) -> list[str]:
     pictures: list[list[list[np.ndarray]]] = []
     for name, model in (("trained", trained), ("untrained", untrained(trained)), ("pixels", pixels(trained))):
         for head in ("linear", "linear4"):
-            if head not in SEGMENTATION_HEADS[name]:
+            if head not in SEGMENTATION_HEADS[name] or args.only not in ("", f"{name}/{head}"):
                 continue
             options = DataOptions(str(args.data / "train"), size=args.size, ignore=VOID)
             chosen = chosen_head(
@@ -132,14 +133,14 @@ def depth(args: argparse.Namespace, console: Console) -> list[str]:
         "|" + "---|" * 9,
     ]
     train, test = depth_images(args.data / "train"), depth_images(args.data / "test")
-    rows += constants(train, test)
+    rows += constants(train, test) if args.only in ("", "none") else []
     pictures: list[list[list[np.ndarray]]] = []
     stereo: list[str] = []
     kinds = ("linear", "regression", "linear4", "dpt")
     for name, model in (("trained", trained), ("untrained", untrained(trained)), ("pixels", pixels(trained))):
         with tempfile.TemporaryDirectory() as cache:
             for head in kinds:
-                if head not in DEPTH_HEADS[name]:
+                if head not in DEPTH_HEADS[name] or args.only not in ("", f"{name}/{head}"):
                     continue
                 begun = time.perf_counter()
                 options = DataOptions(str(args.data / "train"), size=args.size)
@@ -164,7 +165,7 @@ def depth(args: argparse.Namespace, console: Console) -> list[str]:
                 console.print(rows[-1], f"{time.perf_counter() - begun:.0f} s", highlight=False)
                 if name != "untrained":
                     stereo.append(motorcycle(chosen, f"{name}, {head}"))
-                if args.picture and name == "trained" and head in ("linear", "dpt"):
+                if args.picture and name == "trained" and head in ("regression", "dpt"):
                     chosen_few = test.subset(shown(len(test)))
                     pictures.append(depth_pictures(chosen, chosen_few, bool(pictures)))
     if args.picture:
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=0, help="short side in pixels")
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 1e-2])
+    parser.add_argument("--only", default="", help="one row, such as trained/linear")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()

@@ -1,5 +1,7 @@
 """Segmentation and depth by trained heads, on pictures whose colours say both."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled import cli
 from unlabeled.errors import UserError
 from unlabeled.evaluate.depth import depth
 from unlabeled.evaluate.result import Result
 from unlabeled.evaluate.segmentation import segmentation
 from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.weights.huggingface import save_huggingface
 
 COLOURS = np.array([(200, 30, 30), (30, 200, 30), (30, 30, 200)], np.uint8)
 METRES = np.array([1.0, 2.0, 4.0])
@@ -120,3 +124,40 @@ def test_what_cannot_be_done(data: Path, model: VisionTransformer) -> None:
         segmentation(model, **both, learning_rates=(), ignore=9)
     with pytest.raises(UserError, match="ten are needed"):
         segmentation(model, train=data / "test", test=data / "test", ignore=9)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["unlabeled", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_commands(
+    data: Path,
+    model: VisionTransformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_huggingface(model, tmp_path / "model")
+    both = ["--train", data / "train", "--test", data / "test", "--size", 32, "--epochs", 1, "--lr", "1e-2"]
+    named = ["--model", tmp_path / "model"]
+    words = ["evaluate", "segmentation", *both, *named, "--ignore", 9, "--out", tmp_path / "report", "--json"]
+    assert command(monkeypatch, *words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"segmentation_miou", "segmentation_pixel_accuracy", "segmentation_iou_0"} <= found.keys()
+    assert "miou" in (tmp_path / "report" / "report.md").read_text()
+    assert command(monkeypatch, "evaluate", "depth", *both, *named, "--head", "regression", "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"depth_rmse", "depth_delta1"} <= found.keys()
+    for wrong, said in (
+        (["--lr", "fast"], "is no list of learning rates"),
+        (["--crop", "kitti"], "There is no crop 'kitti'"),
+        (["--train", tmp_path], "has no images/"),
+    ):
+        assert command(monkeypatch, "evaluate", "depth", *both, *named, *wrong) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert said in lines[-1]

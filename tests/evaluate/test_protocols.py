@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
@@ -13,6 +15,7 @@ import unlabeled
 from tests.evaluate.conftest import MakeTable, clusters
 from tests.evaluate.test_knn import plain_knn
 from unlabeled.errors import UserError
+from unlabeled.evaluate import nearest as nearest_module
 from unlabeled.evaluate.labelled import held_out, labelled
 from unlabeled.evaluate.linear import MOMENTUM, train_heads
 from unlabeled.evaluate.nearest import nearest
@@ -56,21 +59,42 @@ def test_k_is_chosen_within_train(sides: tuple) -> None:
         unlabeled.evaluate.knn(train=train, test=test, k=500)
 
 
-def test_neighbours_on_another_device_are_the_same() -> None:
-    """The path of GPUs, on the CPU's own second device type where there is no GPU: blocks and merging."""
-    rng = np.random.default_rng(0)
-    train, test = rng.normal(size=(301, 6)), rng.normal(size=(23, 6))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"BLOCK": 50, "CHUNK": 7}.items():
-            patch.setattr(f"unlabeled.evaluate.nearest.{name}", value)
-        from unlabeled.evaluate.nearest import _nearest_on
-
-        ours = _nearest_on(torch.device("cpu"), train, normalize(test).astype(np.float32), 60)
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 120), queries=st.integers(1, 20), k=st.integers(1, 120), block=st.integers(1, 50),
+    chunk=st.integers(1, 9), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_neighbours_are_those_of_a_full_sort(
+    rows: int, queries: int, k: int, block: int, chunk: int, seed: int
+) -> None:
+    """Blocks and chunks of any size, on the way of CPUs and, computed on the CPU, on that of GPUs."""
+    rng = np.random.default_rng(seed)
+    train, test = rng.normal(size=(rows, 6)), rng.normal(size=(queries, 6))
     wanted = normalize(test) @ normalize(train).T
-    order = np.argsort(-wanted, 1)[:, :60]
-    assert (ours.rows == order).all()
-    assert (nearest(train, test, 60).rows == order).all()
-    np.testing.assert_allclose(ours.similarities, np.take_along_axis(wanted, order, 1), atol=1e-6)
+    k = min(k, rows)
+    order = np.argsort(-wanted, 1)[:, :k]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "BLOCK": block,
+            "CHUNK": chunk,
+            "DEVICE_BLOCK": block,
+            "DEVICE_CHUNK": chunk,
+        }.items():
+            patch.setattr(nearest_module, name, value)
+        here = nearest(train, test, k)
+        there = nearest_module._nearest_on(torch.device("cpu"), train, normalize(test).astype(np.float32), k)
+    for found in (here, there):
+        assert (found.rows == order).all()
+        np.testing.assert_allclose(found.similarities, np.take_along_axis(wanted, order, 1), atol=1e-6)
+
+
+def test_equal_neighbours_are_found_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest_module, "BLOCK", 3)
+    found = nearest(np.ones((10, 4), np.float16), np.ones((2, 4)), 4)
+    for rows in found.rows.tolist():
+        assert rows == sorted(set(rows))
+    zeros = nearest(np.zeros((10, 4)), np.zeros((2, 4)), 2)
+    assert zeros.similarities.tolist() == [[0, 0]] * 2
 
 
 def test_logreg_is_scikit_learns(sides: tuple) -> None:
