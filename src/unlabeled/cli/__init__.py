@@ -17,6 +17,7 @@ for group in (
     "features",
     "search",
     "curate",
+    "copies",
     "show",
     "scenes",
     "evaluate",

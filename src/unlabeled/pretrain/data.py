@@ -106,7 +106,8 @@ class _Positions:
             yield list(range(first, first + local))
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """One thread a worker, its libraries silent, and signals left to the main process."""
     import signal
 
     import cv2
@@ -148,7 +149,7 @@ def batches(
         collate_fn=_same,
         prefetch_factor=4 if workers else None,
         pin_memory=parallel.device.type == "cuda",
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
     local = run.batch_size // parallel.world
     for step, crops in enumerate(loader, start):

@@ -148,7 +148,9 @@ def ibot_loss(
     )
 
 
-def koleo_loss(features_BD: Tensor, eps: float = 1e-8, group_wide: bool = False) -> Tensor:
+def koleo_loss(
+    features_BD: Tensor, eps: float = 1e-8, group_wide: bool = False, left_out_BB: Tensor | None = None
+) -> Tensor:
     """-mean log(distance to the nearest other row + eps), rows L2-normalised (DINOv2 section 4; 1806.03198).
 
     Always in float32. Two equal rows give a large, finite loss and no gradient; a single row gives 0.
@@ -157,6 +159,7 @@ def koleo_loss(features_BD: Tensor, eps: float = 1e-8, group_wide: bool = False)
         features_BD: backbone CLS tokens of one view.
         eps: keeps the logarithm finite.
         group_wide: search the rows of all ranks for the nearest, as if they were one batch.
+        left_out_BB: bool, pairs that are not searched either (SSCD's copies of one image); not with group_wide.
     """
     with torch.autocast(features_BD.device.type, enabled=False):
         mine_BD = F.normalize(features_BD.to(torch.promote_types(features_BD.dtype, torch.float32)), dim=-1)
@@ -170,6 +173,8 @@ def koleo_loss(features_BD: Tensor, eps: float = 1e-8, group_wide: bool = False)
             return mine_BD.sum() * 0
         with torch.no_grad():
             cosine_BN = mine_BD @ all_ND.T
+            if left_out_BB is not None:
+                cosine_BN.masked_fill_(left_out_BB, -2)
             cosine_BN.diagonal(first).fill_(-2)
             nearest_B = cosine_BN.argmax(1)
         difference_BD = mine_BD - all_ND[nearest_B]

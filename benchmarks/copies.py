@@ -1,0 +1,203 @@
+"""Copy detection: a perceptual hash, features of a backbone, and a copy detector trained on the same 200 photographs.
+
+    python benchmarks/copies.py photos.tar CIFAR10-TEST.parquet [--steps 400] [--out TABLE.md]
+
+Photographs are split: 200 to train on, 200 that nothing has seen. Of the latter, each by 17 kinds of copies (queries),
+half have their original among the references; these are 100 originals, 100 training photographs and 2,000 images of
+CIFAR-10. All pairs are pooled (DISC21). The other 100 training photographs are the background of normalised scores and
+what collages are filled with. The backbone is `unlabeled pretrain` on the 200, for as long as the detector trained.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from machine import device_name
+from unlabeled.curate.copies import TRANSFORMATIONS, collage, composition
+from unlabeled.curate.copy_detector import DetectorRecipe, load_detector, train_copy_detector
+from unlabeled.curate.copy_scores import CopyScores, background_normalised, copy_scores
+from unlabeled.curate.hashes import perceptual_hash
+from unlabeled.curate.overlays import Pixels
+from unlabeled.curate.views import ViewRecipe
+from unlabeled.features.extractor import Extractor
+from unlabeled.images.decode import decode
+from unlabeled.images.sources import Source, open_source
+from unlabeled.pretrain.loop import pretrain
+
+KINDS = (*TRANSFORMATIONS, "collage", "composition")
+BATCH, DEPTH = 64, 4
+Images = NDArray[np.uint8]
+
+
+def hash_signs(pixels_HW3: Pixels) -> NDArray[np.float32]:
+    """The 64 bits of the perceptual hash as -1 and 1, 0 where an image has too little contrast for one."""
+    found = perceptual_hash(cv2.cvtColor(pixels_HW3, cv2.COLOR_RGB2GRAY))
+    if found is None:
+        return np.zeros(64, np.float32)
+    return np.array([1 if found >> bit & 1 else -1 for bit in range(64)], np.float32)
+
+
+def copies_of(photos: list[Pixels], others: list[Pixels], seed: int) -> Iterator[tuple[int, int, Pixels]]:
+    """(photograph, kind, pixels) of every copy."""
+    for number, pixels in enumerate(photos):
+        for kind, name in enumerate(KINDS):
+            rng = np.random.default_rng([seed, number, kind])
+            if name == "collage":
+                yield number, kind, collage(pixels, rng, others)
+            else:
+                yield number, kind, (TRANSFORMATIONS | {"composition": composition})[name](pixels, rng)
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def vectors_of(extractor: Extractor, images: Images) -> NDArray[np.float32]:
+    """Descriptors of prepared images (N, 3, size, size)."""
+    result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(images)
+    for places, rows in extractor.run(iter(enumerate(images))):
+        for place, row in zip(places, rows, strict=True):
+            result[place] = row
+    return unit(np.stack(result))
+
+
+def decoded(source: Source, indices: NDArray[np.int64] | range) -> list[Pixels]:
+    return [decode(source.read(int(index)).data) for index in indices]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("photos")
+    parser.add_argument("cifar")
+    parser.add_argument("--steps", type=int, default=400, help="of the detector, 64 images each")
+    parser.add_argument("--size", type=int, default=96, help="pixels")
+    parser.add_argument("--patch-size", type=int, default=16, help="pixels")
+    parser.add_argument("--temperature", type=float, default=DetectorRecipe.temperature)
+    parser.add_argument("--entropy", type=float, default=DetectorRecipe.entropy)
+    parser.add_argument("--lr", type=float, default=DetectorRecipe.lr)
+    parser.add_argument("--kind", default=DetectorRecipe.kind)
+    parser.add_argument("--no-model", action="store_true", help="leave the backbone out")
+    parser.add_argument("--distractors", type=int, default=2000, help="of CIFAR-10")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="also write the tables here")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    source, cifar = open_source(options.photos), open_source(options.cifar)
+    order = np.random.default_rng(options.seed).permutation(len(source))
+    train, test = order[:200], order[200:400]
+    recipe = DetectorRecipe(
+        depth=DEPTH, patch_size=options.patch_size, views=ViewRecipe(size=options.size), steps=options.steps,
+        batch_size=BATCH, temperature=options.temperature, entropy=options.entropy, lr=options.lr, seed=options.seed,
+        kind=options.kind,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "train").mkdir()
+        for index in train.tolist():
+            (root / "train" / f"{index:04}.jpg").write_bytes(source.read(index).data)
+        train_copy_detector(root / "train", root / "start", recipe=replace(recipe, steps=1), console=console)
+        begun = time.perf_counter()
+        train_copy_detector(root / "train", root / "detector", recipe=recipe, console=console)
+        seconds = time.perf_counter() - begun
+        extractors = {
+            "detector after 1 step": load_detector(root / "start"),
+            "trained copy detector": load_detector(root / "detector"),
+        }
+        notes = [f"the detector {options.steps} steps of {BATCH} images in {seconds:.0f} s"]
+        if not options.no_model:
+            steps, spent = backbone(root, options.size, options.patch_size, seconds, options.seed, console)
+            extractors = {
+                "backbone, CLS": Extractor(root / "model", size=options.size, shape="stretch")
+            } | extractors
+            notes.append(f"the backbone {steps} steps of {BATCH} in {spent:.0f} s")
+        scores, kinds = measure(
+            extractors, decoded(source, train), decoded(source, test), decoded(cifar, range(options.distractors)),
+            options.seed,
+        )  # fmt: skip
+    text = tables(scores, kinds, f"{device_name(torch.device('cpu'))}; {', '.join(notes)}.")
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+def backbone(
+    root: Path, size: int, patch_size: int, seconds: float, seed: int, console: Console
+) -> tuple[int, float]:
+    """Pretrain a backbone of the detector's shape for a given time, into root/model; its steps and seconds."""
+    fields = {
+        "model.size": "vit_tiny", "model.depth": DEPTH, "model.patch_size": patch_size, "model.layer_scale": 1.0,
+        "model.positions": "sine", "crops.global_size": size, "crops.local_size": size // 2 // patch_size * patch_size,
+        "run.batch_size": BATCH, "run.health_every": 10**9,
+    }  # fmt: skip
+    run = pretrain(root / "train", root / "probe", steps=12, seed=seed, overrides=fields, console=console)
+    rate = float(np.median([row["images_per_second"] for row in run.metrics[4:]]))
+    steps = max(1, round(seconds * rate / BATCH))
+    begun = time.perf_counter()
+    pretrain(root / "train", root / "model", steps=steps, seed=seed, overrides=fields, console=console)
+    return steps, time.perf_counter() - begun
+
+
+def measure(
+    extractors: dict[str, Extractor], train: list[Pixels], test: list[Pixels], cifar: list[Pixels], seed: int
+) -> tuple[dict[str, CopyScores], NDArray[np.int64]]:
+    """Scores by way of comparing, and the kind of each query."""
+    prepare = next(iter(extractors.values())).prepare
+    with_original = len(test) // 2
+    references = [*test[:with_original], *train[:100], *cifar]
+    background = train[100:]
+    queries, hashes, kinds, originals = [], [], [], []
+    for number, kind, pixels in copies_of(test, background, seed):
+        queries.append(prepare(pixels))
+        hashes.append(hash_signs(pixels))
+        kinds.append(kind)
+        originals.append(number if number < with_original else -1)
+    parts = {
+        "references": np.stack([prepare(one) for one in references]),
+        "queries": np.stack(queries),
+        "background": np.stack([prepare(one) for one in background]),
+    }
+    hashed = np.stack(hashes) @ np.stack([hash_signs(one) for one in references]).T
+    scores = {"perceptual hash, 64 bits": copy_scores(hashed, originals)}
+    for name, extractor in extractors.items():
+        found = {part: vectors_of(extractor, images) for part, images in parts.items()}
+        cosines = found["queries"] @ found["references"].T
+        scores[name] = copy_scores(cosines, originals)
+        if name in ("backbone, CLS", "trained copy detector"):
+            normalised = background_normalised(cosines, found["queries"] @ found["background"].T)
+            scores[f"{name}, normalised"] = copy_scores(normalised, originals)
+    return scores, np.where(np.asarray(originals) >= 0, kinds, -1)
+
+
+def tables(scores: dict[str, CopyScores], kind_Q: NDArray[np.int64], heading: str) -> str:
+    lines = [
+        heading,
+        "",
+        "| | micro-AP | recall at 90% precision | recall@1 | threshold |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {one.micro_ap:.3f} | {one.recall:.3f} | {one.recall_at_1:.3f} | {one.threshold:.3g} |"
+        for name, one in scores.items()
+    ]
+    for title, field in (("Recall at 90% precision", "found_Q"), ("Recall@1", "first_Q")):
+        lines += ["", f"{title}, by transformation:", "", "| | " + " | ".join(scores) + " |"]
+        lines.append("|---" * (len(scores) + 1) + "|")
+        for kind, name in enumerate(KINDS):
+            means = [f"{getattr(one, field)[kind_Q == kind].mean():.2f}" for one in scores.values()]
+            lines.append(f"| {name} | " + " | ".join(means) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
