@@ -95,7 +95,9 @@ def networks(model: Path, photos: Path, folder: Path, rounds: int) -> list[str]:
     """Bare networks on the same batches: what the fast and the exact path were chosen from."""
     backbone = unlabeled.load_model(model)
     images = list(read_images(str(photos), backbone.config))
-    batches = [np.concatenate(images[start : start + BATCH]) for start in range(0, min(64, len(images)), BATCH)]
+    batches = [
+        np.concatenate(images[start : start + BATCH]) for start in range(0, min(64, len(images)), BATCH)
+    ]
     runners: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {}
 
     def add(name: str, run: Runner) -> None:

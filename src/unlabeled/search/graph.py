@@ -120,10 +120,17 @@ def measure(graph: Graph, queries_BD: NDArray[np.float32]) -> list[dict[str, flo
 def effort_for(curve: list[dict[str, float]], recall: float, k: int) -> int:
     """Return the least effort that reaches a recall of the k nearest; it was measured of 10, and more need more.
 
-    Raises UserError where no measured effort does.
+    Between two measured efforts it lies on the line through both: recall grows ever more slowly, so the true one is
+    above that line. Raises UserError where no measured effort reaches it.
     """
+    below: dict[str, float] | None = None
     for point in curve:
         if point["recall"] >= recall:
-            return int(point["effort"]) + math.ceil(MORE * max(0, k - MEASURED_K))
+            effort = point["effort"]
+            if below:
+                share = (recall - below["recall"]) / (point["recall"] - below["recall"])
+                effort = below["effort"] + share * (point["effort"] - below["effort"])
+            return math.ceil(round(effort, 6)) + math.ceil(MORE * max(0, k - MEASURED_K))
+        below = point
     best = max(point["recall"] for point in curve)
     raise UserError(f"This index reaches a recall of {best:.3f}, not {recall:g}; ask for {best:.3f} or less.")
