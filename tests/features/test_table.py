@@ -21,9 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
 import unlabeled
 from unlabeled import Extractor, FeatureTable, UserError, VisionTransformer, embed, open_table
+from unlabeled.cli import app
 from unlabeled.features import table as table_module
 from unlabeled.features.convert import convert
 from unlabeled.features.table import ShardedRows
@@ -346,6 +348,37 @@ def test_the_command(saved: Path, tile_folder: Path, tmp_path: Path) -> None:
             done.stderr
         )
     assert len(open_table(out)) == 24
+
+
+def test_fast_without_instructions_for_8_bits(
+    saved: Path, tile_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 is faster there, and is used, with a word; a table begun in 8 bits elsewhere stays one of 8 bits."""
+    from unlabeled.features import engines
+
+    monkeypatch.setattr(engines, "has_8_bit_products", lambda: False)
+    out = tmp_path / "table"
+    arguments = [
+        "embed",
+        str(tile_folder),
+        "--model",
+        str(saved),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--fast",
+    ]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "no instructions for 8 bits" in done.output
+    header = json.loads((out / "table.json").read_text())
+    assert header["identity"]["precision"] == "float32"
+    header["identity"]["precision"] = "int8"
+    (out / "table.json").write_text(json.dumps(header))
+    wanted: list[bool] = []
+    monkeypatch.setattr(embed_module, "embed", lambda *_, fast, **__: wanted.append(fast) or open_table(out))
+    done = CliRunner().invoke(app, arguments)
+    assert wanted == [True] and "no instructions for 8 bits" not in done.output
 
 
 def test_names_that_users_import() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,8 +41,12 @@ def embed(
     from unlabeled.features.engines import has_8_bit_products
 
     terminal = console(as_json)
-    if fast and choose_device(device).type == "cpu" and not has_8_bit_products():
-        terminal.print("--fast: this processor has no instructions for 8 bits; float32 is probably faster")
+    if fast and choose_device(device).type == "cpu" and not has_8_bit_products() and not _in_8_bits(out):
+        terminal.print(
+            "--fast: this processor has no instructions for 8 bits, and without them float32 is faster: it is used",
+            soft_wrap=True,
+        )
+        fast = False
     table = run_embed(
         data, model, out, kind=kind, layer=layer, size=size, shape=shape, dtype=dtype, fast=fast,  # type: ignore[arg-type]
         device=device, batch_size=batch_size, console=terminal,
@@ -64,3 +69,11 @@ def embed(
         )
     if as_json:
         print_json(result)
+
+
+def _in_8_bits(out: str) -> bool:
+    """Whether a table that is gone on with was begun in 8 bits, on another machine."""
+    from unlabeled.features.table import read_header
+
+    folder = Path(out).expanduser()
+    return (folder / "table.json").exists() and read_header(folder)["identity"]["precision"] == "int8"
