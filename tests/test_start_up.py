@@ -3,8 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.weights.huggingface import save_huggingface
 
 HEAVY = ("torch", "cv2", "pyarrow", "faiss", "sklearn", "matplotlib")
 RUN = f"""
@@ -24,3 +28,16 @@ def test_heavy_libraries_are_not_loaded(words: list[str]) -> None:
     assert done.stderr.split("loaded:")[1].split() == []
     if "--json" in words:
         assert json.loads(done.stdout)["model.patch_size"]["vitl16_short"] == 16
+
+
+def test_a_model_loads_without_the_compiler(tmp_path: Path) -> None:
+    """Each of these takes seconds to import and is of no use for that."""
+    save_huggingface(VisionTransformer(VitConfig(width=32, depth=1, num_heads=2)), tmp_path)
+    script = f"""
+import sys
+from unlabeled.weights.load import load_model
+load_model({str(tmp_path)!r})
+print(*(name for name in ("torch._dynamo", "sympy", "transformers") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -197,7 +197,10 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, drop_path) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.init_weights()
+        if (
+            not self.pos_embed.is_meta
+        ):  # else weights come from a file; drawing none would import torch's compiler
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:

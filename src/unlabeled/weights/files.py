@@ -93,8 +93,8 @@ def fill(
     with torch.device("meta"):
         model = VisionTransformer(config)
     check_keys(model, state, source, "a DINOv2 backbone")
-    model.to_empty(device="cpu")
-    model.load_state_dict(state)
+    held = {name: value.to("cpu", torch.float32, copy=True).contiguous() for name, value in state.items()}
+    model.load_state_dict(held, assign=True)
     model.notes = tuple(notes)
     return model.eval()
 
