@@ -22,8 +22,9 @@ lint: environment
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Tests compute on one thread each; a file's tests stay together, since they share what is costly to make.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info src/unlabeled/pretrain/*.so
