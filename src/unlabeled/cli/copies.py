@@ -36,7 +36,7 @@ def train_copy_detector(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train a small copy detector on images by self-supervision, as SSCD is."""
+    """Train a small copy detector on images. By self-supervision, as SSCD is."""
     from unlabeled.curate import copy_detector
 
     terminal = console(as_json)

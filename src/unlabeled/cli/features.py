@@ -35,7 +35,7 @@ def embed(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Turn images into vectors: a feature table, that search, curation and evaluation read."""
+    """Turn images into vectors: a feature table. Search, curation and evaluation read it."""
     from unlabeled.devices import choose_device
     from unlabeled.features.embed import embed as run_embed
     from unlabeled.features.engines import has_8_bit_products

@@ -50,7 +50,7 @@ def finetune(
     resume: Annotated[str | None, typer.Option(help="A folder to go on with.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a head on labelled images, and its backbone with it. Any number can follow: --train.epochs 10."""
+    """Train a head on labelled images. --lora, --full: its backbone too. Any number can follow: --train.epochs 10."""
     from unlabeled.finetune.tune import finetune as run_finetune
 
     if freeze + (lora is not None) + full > 1:
@@ -98,7 +98,7 @@ def predict(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Classes, masks or depth of all images, by a trained head; figures too where DATA has labels."""
+    """Classes, masks or depth of images, by a trained head. Figures too where DATA has labels."""
     from unlabeled.finetune.predict import predict as run_predict
 
     terminal = console(as_json)

@@ -54,7 +54,7 @@ def export(
     push: Annotated[str | None, typer.Option(help="hf: USER/NAME on the Hugging Face hub.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another format, checked against the model itself; or a feature table as one file."""
+    """Write a model in another format, or a table as one file. A model's file is checked against the model itself."""
     from unlabeled.weights.export import as_dict, describe
     from unlabeled.weights.export import export as run_export
 

@@ -39,7 +39,7 @@ def index_command(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Build an image index of a feature table, or change one: add, delete, rebuild."""
+    """Build an image index of a feature table. Or change one: add, delete, rebuild."""
     from unlabeled.progress import Progress
     from unlabeled.search.index import build_index, open_index
 
@@ -112,7 +112,7 @@ def search(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find the images most similar to an image, or those similar to each other."""
+    """Find images similar to an image, or to each other."""
     from unlabeled.features.page import check_place
     from unlabeled.search.index import open_index
 

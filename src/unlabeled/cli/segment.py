@@ -51,7 +51,7 @@ def segment(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Masks without training: of images, by others that are marked; of a video, by the mask of its first frame."""
+    """Masks without training, from images that are marked. Of a video, from the mask of its first frame."""
     from unlabeled.dense.video import is_video
 
     terminal = console(as_json)

@@ -68,7 +68,7 @@ def show_attention(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Where the CLS token looks: every head, their mean, and the fewest patches that hold most of it."""
+    """Where the CLS token looks. Every head, their mean, and the fewest patches that hold most of it."""
     from unlabeled.features.show import write_attention
 
     result = write_attention(
@@ -90,7 +90,7 @@ def show_pca(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Three principal components of the patch features as colours, fitted over all images together."""
+    """Principal components of patch features as colours. Three, fitted over all images together."""
     from unlabeled.features.show import write_pca
 
     result = write_pca(
@@ -111,7 +111,7 @@ def show_match(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Patches of two images that are each other's most similar, joined by lines."""
+    """What of two images matches. Lines join patches that are each other's most similar."""
     from unlabeled.features.show import write_match
 
     result = write_match(_loaded(model, device), a, b, out, most=most, size=size, width=width, name=model)
@@ -129,7 +129,7 @@ def show_similar(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """How much every patch is like the one at a point, in that image and in others."""
+    """How like the patch at a point every other is. In that image and in others."""
     from unlabeled.features.show import write_similar
 
     try:

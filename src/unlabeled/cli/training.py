@@ -108,7 +108,7 @@ def demo(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Pretrain a small backbone on photographs that need no download, in minutes, and show that it learned."""
+    """See it work in minutes: pretrain, and compare with no training. The photographs need no download."""
     from unlabeled.demo import run_demo
 
     result = run_demo(out, seed=seed, device=device, console=console(as_json))
