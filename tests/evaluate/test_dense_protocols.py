@@ -10,10 +10,16 @@ import torch
 from PIL import Image
 
 from unlabeled import cli
+from unlabeled.dense.inference import predict
+from unlabeled.dense.labelled import depth_images
+from unlabeled.dense.losses import resized
 from unlabeled.errors import UserError
+from unlabeled.evaluate.dense_heads import chosen_head, maps_of
 from unlabeled.evaluate.depth import depth
 from unlabeled.evaluate.result import Result
 from unlabeled.evaluate.segmentation import segmentation
+from unlabeled.finetune.tasks import DataOptions
+from unlabeled.images.transform import normalize
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights.huggingface import save_huggingface
 
@@ -112,6 +118,36 @@ def test_bad_test_images_are_named(data: Path, model: VisionTransformer, tmp_pat
     assert found.counts["test"] == 6
     assert sorted(key for key, _ in found.bad_files) == ["00", "01"]
     assert any("outside of the 3 classes" in note for note in found.notes)
+
+
+def test_test_images_of_several_sizes_and_a_bad_one_keep_their_order(
+    data: Path, model: VisionTransformer, tmp_path: Path
+) -> None:
+    for part in ("images", "depth"):
+        (tmp_path / part).mkdir()
+    sizes = [(32, 48)] * 10 + [(48, 32), (32, 48), (32, 32), (32, 32)]
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate(sizes):
+        pixels = rng.integers(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number:02d}.png")
+        metres = np.full((height, width), 1000 + number, np.uint16)
+        Image.fromarray(metres).save(tmp_path / "depth" / f"{number:02d}.png")
+    opened = depth_images(tmp_path)
+    (tmp_path / "images" / "03.png").unlink()
+    options = DataOptions(str(data / "train"), size=32)
+    chosen = chosen_head("depth", "linear", model, options, (1e-2,), 1, "cpu", None, None)
+    bad = list[tuple[str, str]]()
+    found = list(maps_of(chosen, opened, 0, bad.append, None))
+    assert [key for key, *_ in bad] == ["03"]
+    assert [key for key, *_ in found] == [f"{number:02d}" for number in range(14) if number != 3]
+    for key, metres_1HW, depth_HW in found:
+        assert metres_1HW.shape[1:] == depth_HW.shape == sizes[int(key)]
+        assert depth_HW[0, 0] == pytest.approx(1 + int(key) / 1000)
+        pixels = np.asarray(Image.open(tmp_path / "images" / f"{key}.png"))
+        images = normalize(torch.from_numpy(chosen.preprocessing(pixels))[None])
+        with torch.no_grad():
+            alone = resized(predict(chosen.model, chosen.head, images), depth_HW.shape)[0]
+        torch.testing.assert_close(metres_1HW, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_done(data: Path, model: VisionTransformer) -> None:

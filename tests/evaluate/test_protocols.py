@@ -19,6 +19,7 @@ from unlabeled.evaluate import nearest as nearest_module
 from unlabeled.evaluate.labelled import held_out, labelled
 from unlabeled.evaluate.linear import MOMENTUM, train_heads
 from unlabeled.evaluate.nearest import nearest
+from unlabeled.evaluate.result import edge_notes
 from unlabeled.vit import VisionTransformer, vit_config
 
 
@@ -168,6 +169,24 @@ def test_the_grid_finds_the_layer_that_knows(make_table: MakeTable) -> None:
     again = unlabeled.evaluate.linear(**found, steps=60, learning_rates=[1e-3, 1e-1])
     assert again.metrics == result.metrics
     assert again.predictions == result.predictions
+
+
+def test_a_choice_at_the_end_of_what_was_tried_is_said(make_table: MakeTable) -> None:
+    assert edge_notes("C", 10, {1: 0.5, 10: 0.7}) == [
+        "the best C, 10, is the largest of those tried; a larger one may be better still"
+    ]
+    assert "the smallest of those tried; a smaller one" in edge_notes("C", 1, {1: 0.8, 10: 0.7})[0]
+    assert not edge_notes("C", 10, {10: 0.5})
+    assert not edge_notes("C", 10, {1: 0.5, 10: 0.7, 100: 0.6})
+    assert not edge_notes("C", 1, {1: 0.7, 10: 0.7, 100: 0.6})  # one between the ends is as good
+    found = {}
+    for name, seed in (("train", 0), ("test", 1)):
+        vectors, labels = clusters(200, 25, 4, 1.5, seed)
+        found[name] = make_table(name, vectors, labels, kind="layers")
+    slow = unlabeled.evaluate.linear(**found, steps=20, learning_rates=[1e-7, 1e-2])
+    assert "the best learning rate of linear, 0.01, is the largest of those tried" in slow.notes[-1]
+    two = unlabeled.evaluate.logreg(**found, cs=[1e-2, 1.0])
+    assert f"the best C of logreg, {two.settings['C']:g}, is the " in two.notes[-1]
 
 
 def test_fewshot_is_the_mean_over_draws(sides: tuple) -> None:

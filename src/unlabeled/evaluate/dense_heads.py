@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from unlabeled.ahead import ahead
 from unlabeled.dense.inference import Head, predict
 from unlabeled.dense.labelled import DenseData
 from unlabeled.dense.losses import resized
 from unlabeled.devices import choose_device
 from unlabeled.errors import UserError
+from unlabeled.evaluate.result import edge_notes
 from unlabeled.features.preprocessing import Preprocessing
 from unlabeled.finetune.backbone import released
-from unlabeled.finetune.batches import report_to
+from unlabeled.finetune.batches import num_threads, of_one_shape, report_to
 from unlabeled.finetune.recipe import default_recipe
 from unlabeled.finetune.saved import Task
 from unlabeled.finetune.tasks import DataOptions, loss_of, make_head, open_task, validation_of
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 EVALUATIONS = 4  # on the part that is held out, of each training
+BATCH = 8  # test images at once; a map of many classes at full size is large
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,18 @@ def chosen_head(
         "size": opened.preprocessing.size,
         "seed": options.seed,
     }
+    at_edge = edge_notes(f"learning rate of {kind}", best[1], {lr: found for found, lr, *_ in tried})
     return ChosenHead(
         released(network), best[3].eval(), choose_device(device), opened.preprocessing, opened.classes,
-        opened.depth_range, opened.ignore, len(opened.train), settings, list(dict.fromkeys(bad_files)), opened.notes,
+        opened.depth_range, opened.ignore, len(opened.train), settings, list(dict.fromkeys(bad_files)),
+        (*opened.notes, *at_edge),
     )  # fmt: skip
+
+
+class _Loaded(NamedTuple):
+    key: str
+    pixels_3hw: Tensor  # as the model sees them
+    target_HW: NDArray[Any]
 
 
 def _blocks(head: nn.Module, model: VisionTransformer) -> str:
@@ -151,17 +163,30 @@ def maps_of(
 
     Images that cannot be used are reported and left out.
     """
+
+    def load(index: int) -> _Loaded | tuple[str, str]:
+        try:
+            key, pixels, target_HW = data.read(index)
+            return _Loaded(key, torch.from_numpy(chosen.preprocessing(pixels)), target_HW)
+        except (BadImage, UserError) as error:
+            return data.pairs[index].key, str(error)
+
+    def good(pool: ThreadPoolExecutor) -> Iterator[_Loaded]:
+        for found in ahead(pool, load, range(len(data)), 2 * BATCH):
+            if isinstance(found, _Loaded):
+                yield found
+            else:
+                report(found)
+
     with ExitStack() as stack:
         bar = stack.enter_context(Progress(console, "test", "image", 0, len(data))) if console else None
-        for index in range(len(data)):
-            try:
-                key, pixels, target_HW = data.read(index)
-                prepared = chosen.preprocessing(pixels)
-            except (BadImage, UserError) as error:
-                report((data.pairs[index].key, str(error)))
-                continue
-            images_13hw = normalize(torch.from_numpy(prepared)[None].to(chosen.device))
-            maps = predict(chosen.model, cast(Head, chosen.head), images_13hw, window or None)
-            yield key, resized(maps, target_HW.shape)[0].cpu(), target_HW
+        pool = stack.enter_context(ThreadPoolExecutor(num_threads()))
+        done = 0
+        for batch in of_one_shape(good(pool), lambda one: one.pixels_3hw.shape, BATCH):
+            images_B3hw = normalize(torch.stack([one.pixels_3hw for one in batch]).to(chosen.device))
+            maps_BCHW = predict(chosen.model, cast(Head, chosen.head), images_B3hw, window or None)
+            for one, maps_CHW in zip(batch, maps_BCHW, strict=True):
+                yield one.key, resized(maps_CHW[None], one.target_HW.shape)[0].cpu(), one.target_HW
+            done += len(batch)
             if bar:
-                bar.update(index + 1, "")
+                bar.update(done, "")

@@ -19,7 +19,7 @@ from unlabeled.devices import choose_device
 from unlabeled.errors import UserError
 from unlabeled.evaluate.examples import examples
 from unlabeled.evaluate.labelled import Data, Extraction, Labelled, Model, Vectors, held_out, labelled
-from unlabeled.evaluate.result import Figure, Result, result_of
+from unlabeled.evaluate.result import Figure, Result, edge_notes, result_of
 
 # Of the release, for batches of 256; in proportion for others.
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -99,9 +99,11 @@ def linear(
             for head, value in accuracies.items()
         ],
     }
+    same_view = {head.learning_rate: value for head, value in accuracies.items() if head.view == best.view}
+    at_edge = edge_notes("learning rate of linear", best.learning_rate, same_view)
     return result_of(
         "linear", task.model, figures, task.test.keys, settings=settings, counts=task.counts,
-        bad_files=task.bad_files, notes=task.notes, **examples(task, predicted, seed),
+        bad_files=task.bad_files, notes=[*task.notes, *at_edge], **examples(task, predicted, seed),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from unlabeled.errors import UserError
 from unlabeled.evaluate.examples import examples
 from unlabeled.evaluate.labelled import Data, Extraction, Model, held_out, labelled
 from unlabeled.evaluate.nearest import unit
-from unlabeled.evaluate.result import Figure, Result, result_of
+from unlabeled.evaluate.result import Figure, Result, edge_notes, result_of
 
 CS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 MAX_ITERATIONS = 1000
@@ -64,7 +64,7 @@ def logreg(
     best = max(accuracies, key=lambda c: accuracies[c])
     final = fitted(vectors, labels, best)
     predicted = final.predict(unit(task.vectors(task.test, features)[:]))
-    notes = [*task.notes]
+    notes = [*task.notes, *edge_notes("C of logreg", best, accuracies)]
     if unfinished:
         notes.append(f"lbfgs was stopped after {MAX_ITERATIONS} iterations at C = {', '.join(unfinished)}")
     settings = {

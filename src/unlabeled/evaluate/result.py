@@ -123,6 +123,19 @@ def result_of(
     )  # fmt: skip
 
 
+def edge_notes(name: str, best: float, scores: Mapping[float, float]) -> list[str]:
+    """Return what to say where the best of several values lies at an end of what was tried; nothing elsewhere.
+
+    scores: of each value that was tried. Nothing is said where a value between the ends is as good.
+    """
+    low, high = min(scores), max(scores)
+    inside = any(score == scores[best] for value, score in scores.items() if low < value < high)
+    if low == high or low < best < high or inside:
+        return []
+    end, way = ("largest", "larger") if best == high else ("smallest", "smaller")
+    return [f"the best {name}, {best:g}, is the {end} of those tried; a {way} one may be better still"]
+
+
 def compared(a: Result, b: Result, metric: str | None = None) -> bootstrap.Difference:
     """By how much b's metric exceeds a's, by paired bootstrap over the test items that both have.
 

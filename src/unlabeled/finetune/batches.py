@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from unlabeled.vit import Tokens
 MAX_REPLACEMENTS = 100  # unreadable images met in a row before a training gives up
 
 Report = Callable[[str, str], None]  # is told the key of a bad image, and the reason
+Item = TypeVar("Item")
 
 
 class Group(NamedTuple):
@@ -97,22 +98,31 @@ def all_batches(
         except BadImage as error:
             return split(error)
 
-    places = ((view, index) for view in range(views) for index in range(len(examples)))
-    waiting: list[Example] = []
-    with ThreadPoolExecutor(num_threads()) as pool:
+    def good(pool: ThreadPoolExecutor) -> Iterator[Example]:
+        places = ((view, index) for view in range(views) for index in range(len(examples)))
         for found in ahead(pool, load, places):
-            if not isinstance(found, Example):
+            if isinstance(found, Example):
+                yield found
+            else:
                 report(*found)
-                continue
-            if waiting and found.pixels.shape != waiting[0].pixels.shape:
-                yield stacked(waiting)
-                waiting = []
-            waiting.append(found)
-            if len(waiting) == batch_size:
-                yield stacked(waiting)
-                waiting = []
+
+    with ThreadPoolExecutor(num_threads()) as pool:
+        yield from map(stacked, of_one_shape(good(pool), lambda one: one.pixels.shape, batch_size))
+
+
+def of_one_shape(items: Iterable[Item], shape: Callable[[Item], object], most: int) -> Iterator[list[Item]]:
+    """Give items in their order, neighbours of one shape together, at most so many."""
+    waiting: list[Item] = []
+    for one in items:
+        if waiting and shape(one) != shape(waiting[0]):
+            yield waiting
+            waiting = []
+        waiting.append(one)
+        if len(waiting) == most:
+            yield waiting
+            waiting = []
     if waiting:
-        yield stacked(waiting)
+        yield waiting
 
 
 def split(error: BadImage) -> tuple[str, str]:

@@ -32,7 +32,7 @@ from PIL import Image
 from unlabeled.ahead import LOOKAHEAD, ahead
 from unlabeled.dense.labelled import DenseData, depth_images, labelled_images, read_depth, read_labels
 from unlabeled.errors import UserError, writing
-from unlabeled.finetune.batches import num_threads
+from unlabeled.finetune.batches import num_threads, of_one_shape
 from unlabeled.finetune.compare import Figures, class_figures, depth_figures, segmentation_figures
 from unlabeled.finetune.pictures import Shown, coloured_depth, overlay, write_page
 from unlabeled.finetune.rows import Row, flat, kept_rows
@@ -231,26 +231,18 @@ def _batches(
         except (BadImage, OSError, UserError) as error:
             return _Loaded(index, key, str(error))
 
-    waiting: list[_Loaded] = []
-    with ThreadPoolExecutor(num_threads()) as pool:
+    def good(pool: ThreadPoolExecutor) -> Iterator[_Loaded]:
         # Whole photographs are large: few of them wait.
         for one in ahead(pool, load, indices, 8 if keeps_pixels else LOOKAHEAD):
             if one.prepared is None:
                 bad.add(one.key, one.reason)
-                continue
-            if (
-                waiting
-                and waiting[0].prepared is not None
-                and waiting[0].prepared.shape != one.prepared.shape
-            ):
-                yield waiting
-                waiting = []
-            waiting.append(one)
-            if len(waiting) == BATCH[trained.info.task]:
-                yield waiting
-                waiting = []
-    if waiting:
-        yield waiting
+            else:
+                yield one
+
+    with ThreadPoolExecutor(num_threads()) as pool:
+        yield from of_one_shape(
+            good(pool), lambda one: one.prepared is not None and one.prepared.shape, BATCH[trained.info.task]
+        )
 
 
 class _Writer:
