@@ -11,9 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from tests.finetune.conftest import examples_of, small_model
 from unlabeled.dense.losses import resized
 from unlabeled.evaluate.knn import knn_predict
-from unlabeled.finetune.fitted import fit_knn, fit_logreg
+from unlabeled.finetune.fitted import Fitting, fit_knn, fit_logreg
 from unlabeled.finetune.heads import KnnHead, LinearHead, pooled
-from unlabeled.finetune.recipe import TrainRecipe
 from unlabeled.finetune.saved import most_likely
 from unlabeled.finetune.tasks import DataOptions, class_figures, split
 from unlabeled.finetune.train import Validation
@@ -67,10 +66,8 @@ def test_votes_are_those_of_the_protocol() -> None:
 
 def test_logistic_regression_is_scikit_learns(colour_folder: Path) -> None:
     examples, model = examples_of(colour_folder), small_model()
-    recipe = TrainRecipe()
-    head, found = fit_logreg(
-        model, LinearHead(32, 3), examples, None, recipe, "cpu", lambda key, reason: None, QUIET
-    )
+    given = Fitting(model, examples, None, 0, "cpu", lambda key, reason: None, QUIET)
+    head, found = fit_logreg(LinearHead(32, 3), given)
     images = torch.from_numpy(np.stack([examples.load(i, None).pixels for i in range(len(examples))]))
     from unlabeled.images.transform import normalize
 
@@ -89,10 +86,9 @@ def test_two_classes_and_a_class_without_images(colour_folder: Path) -> None:
     kept = np.flatnonzero(examples.labels_N != 1)
     examples.indices, examples.labels_N = kept, examples.labels_N[kept]
     judge = Validation(examples, class_figures, "accuracy")
+    given = Fitting(small_model(), examples, judge, 0, "cpu", lambda key, reason: None, QUIET)
     for fit, head in ((fit_logreg, LinearHead(32, 3)), (fit_knn, KnnHead(32, 3))):
-        made, found = fit(
-            small_model(), head, examples, judge, TrainRecipe(), "cpu", lambda k, r: None, QUIET
-        )
+        made, found = fit(head, given)
         assert found.figures["accuracy"] == 1.0
         assert type(made) is type(head)
 

@@ -6,13 +6,14 @@ Shape suffixes: N images, F features, C classes.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from unlabeled.devices import choose_device
@@ -21,7 +22,6 @@ from unlabeled.finetune.backbone import reader
 from unlabeled.finetune.batches import Report, all_batches
 from unlabeled.finetune.examples import ClassExamples, Examples
 from unlabeled.finetune.heads import ClassifierHead, KnnHead, LinearHead
-from unlabeled.finetune.recipe import TrainRecipe
 from unlabeled.finetune.train import Trained, Validation
 from unlabeled.progress import Progress
 from unlabeled.vit import VisionTransformer
@@ -38,20 +38,58 @@ ONE_THREAD = 2**23  # features of all images together, up to which one thread is
 NEIGHBOURS = (1, 5, 10, 20, 50)  # tried on validation
 
 
-def fit_knn(
-    model: VisionTransformer,
-    head: nn.Module,
-    examples: ClassExamples,
-    validation: Validation | None,
-    recipe: TrainRecipe,
-    device: str,
-    report: Report,
-    console: Console | None,
-) -> tuple[nn.Module, Trained]:
+@dataclass(frozen=True)
+class Fitting:
+    """What a classifier is computed from.
+
+    Attributes:
+        model: a frozen backbone.
+        examples: to learn from. validation: to choose by, where something is held out.
+        seed: of everything random. device: auto, cpu, cuda, cuda:1 or mps.
+        report: is told the key of each image that cannot be used, and the reason.
+        console: where progress is shown; nowhere without.
+    """
+
+    model: VisionTransformer
+    examples: ClassExamples
+    validation: Validation | None
+    seed: int
+    device: str
+    report: Report
+    console: Console | None
+
+    def features(self, head: ClassifierHead) -> tuple[Tensor, Tensor]:
+        """Return features (N, F) and labels (N,) of the examples."""
+        return self._of(self.examples, head)
+
+    def judged(self, head: ClassifierHead) -> tuple[Tensor, Tensor] | None:
+        """Return those of validation, where there is one."""
+        return self._of(self.validation.examples, head) if self.validation else None
+
+    @torch.no_grad()
+    def _of(self, examples: Examples, head: ClassifierHead) -> tuple[Tensor, Tensor]:
+        """Return float32 features (N, F) and labels (N,) of all examples that can be read, on the CPU."""
+        where = choose_device(self.device)
+        self.model.to(where).eval()
+        tokens_of = reader(self.model, head, where)
+        features, labels = [], []
+        with Progress(self.console or Console(quiet=True), "features", "image", 0, len(examples)) as progress:
+            for group in all_batches(examples, 32 if where.type == "cpu" else 128, self.report):
+                features.append(head.features(tokens_of(cast(Tensor, group.inputs))).cpu())
+                labels.append(group.targets)
+                progress.update(sum(map(len, labels)), "")
+        if not labels:
+            raise UserError("No image can be read; bad_files.jsonl names them.")
+        found = torch.cat(features)
+        if not bool(torch.isfinite(found).all()):
+            raise UserError("The model computes infinities or NaN; are its weights whole?")
+        return found, torch.cat(labels)
+
+
+def fit_knn(plain: KnnHead, given: Fitting) -> tuple[KnnHead, Trained]:
     """Return a head that holds the features of all examples; k is that of NEIGHBOURS best on validation, or 20."""
     begun = time.perf_counter()
-    plain = cast(KnnHead, head)
-    features_NF, labels_N = _features(model, plain, examples, device, report, console)
+    features_NF, labels_N = given.features(plain)
     unit = functional.normalize(features_NF, dim=1)
 
     def make(k: int) -> KnnHead:
@@ -60,72 +98,35 @@ def fit_knn(
         made.labels_N.copy_(labels_N)
         return made
 
-    if validation is None:
+    validation, judged = given.validation, given.judged(plain)
+    if validation is None or judged is None:
         return make(20), Trained([], seconds=time.perf_counter() - begun)
-    judged = _features(model, plain, validation.examples, device, report, console)
     tried = [(k, _judged(make(k), judged, validation)) for k in NEIGHBOURS if k <= len(labels_N)]
     k, figures = max(tried, key=lambda one: one[1][validation.by])
     return make(k), Trained([], figures, seconds=time.perf_counter() - begun)
 
 
-def fit_logreg(
-    model: VisionTransformer,
-    head: nn.Module,
-    examples: ClassExamples,
-    validation: Validation | None,
-    recipe: TrainRecipe,
-    device: str,
-    report: Report,
-    console: Console | None,
-) -> tuple[nn.Module, Trained]:
+def fit_logreg(plain: LinearHead, given: Fitting) -> tuple[LinearHead, Trained]:
     """Return scikit-learn's logistic regression on standardised features as a linear head.
 
     The strength of its L2 penalty is that of STRENGTHS best on validation, or 0.01.
     Raises UserError where images of fewer than two classes can be read.
     """
     begun = time.perf_counter()
-    plain = cast(LinearHead, head)
-    features_NF, labels_N = _features(model, plain, examples, device, report, console)
+    features_NF, labels_N = given.features(plain)
     if len(labels_N.unique()) < 2:
         raise UserError("Images of one class only can be read; logistic regression needs two.")
     plain.standardise(features_NF)
     standard = ((features_NF - plain.mean_F) / plain.std_F).numpy()
-    judged = _features(model, plain, validation.examples, device, report, console) if validation else None
+    validation, judged = given.validation, given.judged(plain)
     best: tuple[LinearHead, dict[str, float]] | None = None
     for strength in STRENGTHS if validation else (0.01,):
-        made = _logreg(plain, standard, labels_N.numpy(), strength, recipe.seed)
+        made = _logreg(plain, standard, labels_N.numpy(), strength, given.seed)
         figures = _judged(made, judged, validation) if validation and judged else {}
         if best is None or (validation and figures[validation.by] > best[1][validation.by]):
             best = made, figures
     assert best is not None
     return best[0], Trained([], best[1], seconds=time.perf_counter() - begun)
-
-
-@torch.no_grad()
-def _features(
-    model: VisionTransformer,
-    head: ClassifierHead,
-    examples: Examples,
-    device: str,
-    report: Report,
-    console: Console | None,
-) -> tuple[Tensor, Tensor]:
-    """Return float32 features (N, F) and labels (N,) of all examples that can be read, on the CPU."""
-    where = choose_device(device)
-    model.to(where).eval()
-    tokens_of = reader(model, head, where)
-    features, labels = [], []
-    with Progress(console or Console(quiet=True), "features", "image", 0, len(examples)) as progress:
-        for group in all_batches(examples, 32 if where.type == "cpu" else 128, report):
-            features.append(head.features(tokens_of(cast(Tensor, group.inputs))).cpu())
-            labels.append(group.targets)
-            progress.update(sum(map(len, labels)), "")
-    if not labels:
-        raise UserError("No image can be read; bad_files.jsonl names them.")
-    found = torch.cat(features)
-    if not bool(torch.isfinite(found).all()):
-        raise UserError("The model computes infinities or NaN; are its weights whole?")
-    return found, torch.cat(labels)
 
 
 def _judged(head: ClassifierHead, judged: tuple[Tensor, Tensor], validation: Validation) -> dict[str, float]:

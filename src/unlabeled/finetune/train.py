@@ -5,7 +5,6 @@ Shape suffixes: B images, H W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import tempfile
@@ -16,22 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from unlabeled.devices import choose_device, denormals_flushed, has_bf16
+from unlabeled.devices import choose_device, denormals_flushed
 from unlabeled.errors import UserError
-from unlabeled.features.engines import weights_hash
-from unlabeled.finetune.backbone import learning, parameter_groups, prepare, reader
-from unlabeled.finetune.batches import Group, Report, all_batches, mixed_up, training_batches
-from unlabeled.finetune.cache import CacheTooLarge, TokenCache, TokensOf, cached
+from unlabeled.finetune.backbone import learning, parameter_groups, prepare
+from unlabeled.finetune.batches import Group, Report, mixed_up
 from unlabeled.finetune.checkpoint import read_checkpoint, write_checkpoint
 from unlabeled.finetune.examples import Examples
+from unlabeled.finetune.feed import Feed, Frozen, open_feed
 from unlabeled.finetune.heads import LinearHead
 from unlabeled.finetune.recipe import TrainRecipe
-from unlabeled.images.decode import BadImage
 from unlabeled.images.transform import normalize
 from unlabeled.metrics import Metrics
 from unlabeled.progress import Progress
@@ -40,7 +36,6 @@ from unlabeled.signals import StoppedBySignal, noted_signals
 from unlabeled.vit import Tokens, VisionTransformer
 
 MAX_SKIPPED = 10  # steps in a row whose loss is not finite before a training stops
-STANDARDISED_ON = 2048  # examples, at most
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # what a head returns, the targets -> a scalar
 Score = Callable[[Iterable[tuple[Tensor, Tensor]]], dict[str, float]]
@@ -163,8 +158,7 @@ class _Training:
         )
         self.learned: list[Tensor] = [*learning(self.head).values(), *learning(model).values()]
         self.average = [one.detach().clone() for one in self.learned] if recipe.ema else []
-        self.frozen_tokens: TokensOf = reader(model, head, device)
-        self.bf16 = device.type != "mps" and has_bf16(device)
+        self.frozen = Frozen(model, head, device)
 
     def modules(self) -> dict[str, Any]:
         """Return what a checkpoint is read into."""
@@ -190,9 +184,14 @@ class _Training:
         start = state["step"] if state else 0
         best: dict[str, Any] = state["best"] if state else {}
         quiet = console or Console(quiet=True)
-        tokens, judged = self._cached(examples, validation, cache, report, console)
+        judged_on = validation.examples if validation else None
+        feed = open_feed(
+            self.model, cast(TrainableHead, self.head), recipe, self.frozen, examples, judged_on, cache, report, console
+        )  # fmt: skip
         if state is None and isinstance(self.head, LinearHead):
-            self.head.standardise(torch.cat([*map(self.head.features, self._sample(examples, tokens))]))
+            self.model.eval()
+            self.head.standardise(torch.cat([*map(self.head.features, feed.sample())]))
+            self.model.train(recipe.backbone != "freeze")
         history: list[dict[str, Any]] = []
         skipped, waited = 0, 0.0
         with ExitStack() as stack:
@@ -202,7 +201,7 @@ class _Training:
             if start:
                 progress.say(f"resumed from step {start}")
             loop_begun = time.perf_counter()
-            for step, batch in enumerate(self._batches(examples, tokens, start, report), start):
+            for step, batch in enumerate(feed.batches(start), start):
                 done = step + 1
                 lr = self._set_rates(step)
                 torch.manual_seed((recipe.seed * 1_000_003 + step) * 65_537)
@@ -220,7 +219,7 @@ class _Training:
                 evaluates = done == recipe.steps or self._is_evaluation(done)
                 if evaluates and validation:
                     with self._averaged():
-                        found = self._validate(validation, judged, report)
+                        found = self._validate(validation, feed)
                         row |= found
                         progress.say(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
                         if not best or _better(found, best["figures"], validation):
@@ -244,90 +243,8 @@ class _Training:
         self.model.eval()
         return Trained(
             history, best.get("figures", {}), best.get("step", recipe.steps),
-            time.perf_counter() - begun, self._said(tokens, recipe.steps - start, waited),
+            time.perf_counter() - begun, feed.saved(recipe.steps - start, waited),
         )  # fmt: skip
-
-    def _cached(
-        self,
-        examples: Examples,
-        validation: Validation | None,
-        folder: Path,
-        report: Report,
-        console: Console | None,
-    ) -> tuple[TokenCache | None, TokenCache | None]:
-        """Return the tokens to learn from, and those to validate on, where they are cached."""
-        recipe = self.recipe
-        if not recipe.cached:
-            return None, None
-        key = {"model": weights_hash(self.model), "layers": self.layers, "norm": self.norm}
-        pooled_only = getattr(self.head, "pooled_only", False)
-        found: list[TokenCache | None] = []
-        wanted = [("train", examples, recipe.views)]
-        wanted += [("validation", validation.examples, 1)] if validation else []
-        for name, some, views in wanted:
-            try:
-                found.append(
-                    cached(
-                        some,
-                        self._frozen,
-                        folder / name,
-                        key | {"images": len(some), "first": _first(some)},
-                        views=views,
-                        pooled_only=pooled_only,
-                        seed=recipe.seed,
-                        report=report,
-                        console=console,
-                        batch_size=self._inference_batch(),
-                        dtype=recipe.cache_dtype,
-                    )
-                )
-            except CacheTooLarge as error:
-                if console:
-                    console.print(f"not cached: {error}", highlight=False)
-                found.append(None)
-        return found[0], found[1] if len(found) > 1 else None
-
-    def _inference_batch(self) -> int:
-        return 32 if self.device.type == "cpu" else 128
-
-    def _frozen(self, images_B3HW: Tensor) -> list[Tokens]:
-        """Return tokens in float32 on the CPU, or in bf16 where that is fast."""
-        with self._autocast():
-            return self.frozen_tokens(images_B3HW)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def _batches(
-        self, examples: Examples, tokens: TokenCache | None, start: int, report: Report
-    ) -> Iterator[list[Group]]:
-        recipe = self.recipe
-        if tokens is None:
-            yield from training_batches(
-                examples, recipe.batch_size, range(start, recipe.steps), recipe.seed, recipe.augment, report
-            )
-            return
-        order = tokens.order(recipe.seed)
-        for step in range(start, recipe.steps):
-            first = step * recipe.batch_size
-            yield tokens.groups(order.indices(np.arange(first, first + recipe.batch_size)))
-
-    def _sample(self, examples: Examples, tokens: TokenCache | None) -> Iterator[list[Tokens]]:
-        """Give tokens of some of the examples as in prediction."""
-        batch = min(self.recipe.batch_size, STANDARDISED_ON)
-        steps = range(math.ceil(min(len(examples), STANDARDISED_ON) / batch))
-        if tokens is not None:
-            order = tokens.order(self.recipe.seed)
-            for step in steps:
-                for group in tokens.groups(order.indices(np.arange(step * batch, (step + 1) * batch))):
-                    yield cast("list[Tokens]", group.inputs)
-            return
-        seed = self.recipe.seed
-        self.model.eval()
-        for groups in training_batches(examples, batch, steps, seed, False, lambda key, reason: None):
-            for group in groups:
-                yield self._frozen(cast(Tensor, group.inputs))
-        self.model.train(self.recipe.backbone != "freeze")
 
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of a step; returns the head's."""
@@ -375,24 +292,20 @@ class _Training:
         """Return what the head says of normalised images, of uint8 ones where the backbone is frozen, or of tokens."""
         if isinstance(inputs, Tensor):
             if self.recipe.backbone == "freeze":
-                inputs = self._frozen(inputs)
+                inputs = self.frozen(inputs)
             else:
-                with self._autocast():
+                with self.frozen.autocast():
                     inputs = self.model.intermediate_layers(inputs, self.layers, norm=self.norm)
-        with self._autocast():
+        with self.frozen.autocast():
             return cast(Tensor, self.head(inputs))
 
     @torch.no_grad()
-    def _validate(
-        self, validation: Validation, tokens: TokenCache | None, report: Report
-    ) -> dict[str, float]:
+    def _validate(self, validation: Validation, feed: Feed) -> dict[str, float]:
         self.head.eval()
         self.model.eval()
-        batch = self._inference_batch()
-        groups = tokens.all_groups(256) if tokens else all_batches(validation.examples, batch, report)
         outputs = (
             (self._outputs(self._inputs(group.inputs)).float(), group.targets.to(self.device))
-            for group in groups
+            for group in feed.judged()
         )
         found = validation.score(outputs)
         self.model.train(self.recipe.backbone != "freeze")
@@ -423,28 +336,6 @@ class _Training:
             "head": {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()},
             "backbone": {name: one.detach().cpu().clone() for name, one in learning(self.model).items()},
         }
-
-    def _said(self, tokens: TokenCache | None, steps: int, seconds: float) -> str:
-        """Return what cached tokens saved, by the rate at which they were computed."""
-        if tokens is None or not steps:
-            return ""
-        rate = len(tokens) / tokens.seconds
-        images = steps * self.recipe.batch_size
-        without = images / rate
-        return (
-            f"features of {len(tokens):,} images took {tokens.seconds:.1f} s ({tokens.size / 2**20:.1f} MB), "
-            f"{steps:,} steps on them {seconds:.1f} s; computing them in each step would have added about "
-            f"{without:.0f} s: {(without + seconds) / (tokens.seconds + seconds):.1f} times as long"
-        )
-
-
-def _first(examples: Examples) -> str:
-    """Return a hash of the first example as it is prepared: other data, or other sizes, have another."""
-    try:
-        one = examples.load(0, None)
-    except BadImage as error:
-        return str(error)
-    return hashlib.sha256(f"{one.key} {one.pixels.shape}".encode() + one.pixels.tobytes()).hexdigest()
 
 
 def _better(found: Mapping[str, float], best: Mapping[str, float], validation: Validation) -> bool:

@@ -16,7 +16,8 @@ from unlabeled.features.engines import weights_hash
 from unlabeled.finetune.backbone import released
 from unlabeled.finetune.batches import report_to
 from unlabeled.finetune.examples import ClassExamples
-from unlabeled.finetune.fitted import fit_knn, fit_logreg
+from unlabeled.finetune.fitted import Fitting, fit_knn, fit_logreg
+from unlabeled.finetune.heads import KnnHead, LinearHead
 from unlabeled.finetune.lora import merge_adapters
 from unlabeled.finetune.recipe import Backbone, default_recipe
 from unlabeled.finetune.saved import HeadInfo, Task, TrainedHead, load_head, palette, save_head
@@ -158,9 +159,13 @@ def finetune(
     report = report_to(bad)
     validation = validation_of(plan["task"], opened)
     if plan["head"] in FITTED:
-        fit = fit_knn if plan["head"] == "knn" else fit_logreg
-        examples = cast(ClassExamples, opened.train)
-        fresh, trained = fit(network, fresh, examples, validation, recipe, device, report, console)
+        given = Fitting(
+            network, cast(ClassExamples, opened.train), validation, recipe.seed, device, report, console
+        )
+        if isinstance(fresh, KnnHead):
+            fresh, trained = fit_knn(fresh, given)
+        else:
+            fresh, trained = fit_logreg(cast(LinearHead, fresh), given)
     else:
         trained = train_head(
             network, cast(TrainableHead, fresh), opened.train, loss_of(plan["task"], recipe, opened), recipe,
