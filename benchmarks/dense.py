@@ -12,6 +12,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +83,12 @@ def pixels(like: VisionTransformer) -> VisionTransformer:
     return model.eval()
 
 
+def training(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    return {
+        "size": args.size, "learning_rates": args.learning_rates, "epochs": args.epochs, "console": console,
+    }  # fmt: skip
+
+
 def segmentation(args: argparse.Namespace, console: Console) -> list[str]:
     trained = load_model(args.model)
     rows = ["| features | head | mIoU | 95% | pixel accuracy | " + " | ".join(CAMVID_CLASSES) + " |"]
@@ -91,10 +98,8 @@ def segmentation(args: argparse.Namespace, console: Console) -> list[str]:
         for head in ("linear", "linear4"):
             if head not in SEGMENTATION_HEADS[name] or args.only not in ("", f"{name}/{head}"):
                 continue
-            options = DataOptions(str(args.data / "train"), size=args.size, ignore=VOID)
-            chosen = chosen_head(
-                "segment", head, model, options, args.learning_rates, args.epochs, "auto", None, console
-            )
+            options = DataOptions(str(args.data / "train"), ignore=VOID)
+            chosen = chosen_head("segment", head, model, options, **training(args, console))
             result = segmentation_of(chosen, name, args.data / "val")
             ious = [
                 result.metrics.get(f"iou_{number}", float("nan")) for number in range(len(CAMVID_CLASSES))
@@ -143,18 +148,10 @@ def depth(args: argparse.Namespace, console: Console) -> list[str]:
                 if head not in DEPTH_HEADS[name] or args.only not in ("", f"{name}/{head}"):
                     continue
                 begun = time.perf_counter()
-                options = DataOptions(str(args.data / "train"), size=args.size)
+                options = DataOptions(str(args.data / "train"))
+                arguments = {"channels": CHANNELS} if head == "dpt" else None
                 chosen = chosen_head(
-                    "depth",
-                    head,
-                    model,
-                    options,
-                    args.learning_rates,
-                    args.epochs,
-                    "auto",
-                    cache,
-                    console,
-                    arguments={"channels": CHANNELS} if head == "dpt" else None,
+                    "depth", head, model, options, arguments, cache=cache, **training(args, console)
                 )
                 result = depth_of(chosen, name, args.data / "test")
                 figures = " | ".join(f"{result.metrics[metric]:.3f}" for metric in DEPTH_METRICS[1:])

@@ -134,8 +134,9 @@ def test_test_images_of_several_sizes_and_a_bad_one_keep_their_order(
         Image.fromarray(metres).save(tmp_path / "depth" / f"{number:02d}.png")
     opened = depth_images(tmp_path)
     (tmp_path / "images" / "03.png").unlink()
-    options = DataOptions(str(data / "train"), size=32)
-    chosen = chosen_head("depth", "linear", model, options, (1e-2,), 1, "cpu", None, None)
+    chosen = chosen_head(
+        "depth", "linear", model, DataOptions(str(data / "train")), size=32, learning_rates=(1e-2,), epochs=1
+    )
     bad = list[tuple[str, str]]()
     found = list(maps_of(chosen, opened, 0, bad.append, None))
     assert [key for key, *_ in bad] == ["03"]

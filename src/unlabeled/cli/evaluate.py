@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from inspect import Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -21,14 +23,10 @@ group = typer.Typer(
 )
 app.add_typer(group, name="evaluate")
 
-Models = Annotated[
+Model = Annotated[
     list[str] | None,
-    typer.Option(
-        "--model", help="A MODEL; give it again for each more. None where both sides are feature tables."
-    ),
+    typer.Option(help="A MODEL; give it again for each more. None where both sides are feature tables."),
 ]
-Train = Annotated[str, typer.Option(help="DATA with labels, or a feature table; the gallery of retrieval.")]
-Test = Annotated[str, typer.Option(help="The same; the queries of retrieval.")]
 Out = Annotated[
     str | None,
     typer.Option(
@@ -36,176 +34,172 @@ Out = Annotated[
         help="A folder for report.md, .json and .html; what is done there is not done again.",
     ),
 ]
-Cache = Annotated[str | None, typer.Option(help="Where features are kept; REPORT/features by default.")]
-Size = Annotated[
-    int | None, typer.Option(help="Pixels; 224 by default, or what the model was trained at if less.")
-]
-Shape = Annotated[
-    str, typer.Option(help="crop (the centre square), keep (size is the short side) or stretch.")
-]
-Features = Annotated[str, typer.Option(help="cls, or cls+mean for CLS and mean patch side by side.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Features = Annotated[str, typer.Option(help="cls, or cls+mean for CLS and mean patch side by side.")]
+Options = Callable[..., dict[str, Any]]
+FIRST = ("train", "test", "model")
+LAST = ("out", "cache", "seed", "device", "as_json")
 
 
-@group.command("knn")
-def knn_command(
-    train: Train,
-    test: Test,
-    model: Models = None,
+def _of_features(
+    *,
+    train: Annotated[
+        str, typer.Option(help="DATA with labels, or a feature table; the gallery of retrieval.")
+    ],
+    test: Annotated[str, typer.Option(help="The same; the queries of retrieval.")],
+    model: Model = None,
+    out: Out = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Where features are kept; REPORT/features by default.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels; 224 by default, or what the model was trained at if less.")
+    ] = None,
+    shape: Annotated[
+        str, typer.Option(help="crop (the centre square), keep (size is the short side) or stretch.")
+    ] = "crop",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """What all protocols on features of whole images take; returns how features are extracted."""
+    return {"cache": cache, "size": size, "shape": shape, "device": device}
+
+
+def _of_maps(
+    *,
+    train: Annotated[str, typer.Option(help="A folder of images/ beside labels/ or depth/.")],
+    test: Annotated[str, typer.Option(help="The same; the classes of train, where there are labels.")],
+    model: Model = None,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """What segmentation and depth take."""
+    return {"device": device}
+
+
+def _training(
+    *,
+    size: Annotated[
+        int, typer.Option(help="Pixels, of the short side that the model sees; 0: as finetune takes it.")
+    ] = 0,
+    window: Annotated[
+        int,
+        typer.Option(help="Pixels; test images are seen through a sliding window of this side; 0: whole."),
+    ] = 0,
+    lr: Annotated[
+        str, typer.Option("--lr", help="Learning rates; the best one within train is chosen.")
+    ] = "1e-3,3e-3,1e-2",
+    epochs: Annotated[float, typer.Option(help="Passes over train; 0: as finetune takes it.")] = 0,
+) -> dict[str, Any]:
+    """How a head on maps is trained, and looks at test images."""
+    return {"size": size, "window": window, "epochs": epochs, "learning_rates": _rates(lr)}
+
+
+def _protocol(task: str, *shared: Options) -> Callable[[Options], Options]:
+    """Make a command of what returns a protocol's own options; it takes those of `shared` as well.
+
+    The first of `shared` says how features are extracted; what the others return joins the protocol's options.
+    """
+
+    def made(own: Options) -> Options:
+        parts = (shared[0], own, *shared[1:])
+
+        def command(**given: Any) -> None:
+            extraction, *options = (
+                part(**{name: given[name] for name in signature(part).parameters}) for part in parts
+            )
+            protocol = {name: value for one in options for name, value in one.items()} | {
+                "seed": given["seed"]
+            }
+            _run(task, protocol, extraction, given)
+
+        hints = {
+            name: hint for part in parts for name, hint in get_type_hints(part, include_extras=True).items()
+        }
+        parameters = [one for part in parts for one in signature(part).parameters.values()]
+        # Data and model, then the protocol's own, then what all have.
+        parameters.sort(key=lambda one: (one.name not in FIRST) + (one.name in LAST))
+        # Typer reads the signature.
+        command.__signature__ = Signature(  # type: ignore[attr-defined]
+            [one.replace(annotation=hints[one.name]) for one in parameters]
+        )
+        command.__annotations__ = {one.name: hints[one.name] for one in parameters}
+        group.command(task, help=own.__doc__)(command)
+        return own
+
+    return made
+
+
+@_protocol("knn", _of_features)
+def _knn(
+    *,
     k: Annotated[
         str,
         typer.Option("--k", "-k", help="Neighbours; of several the one is chosen that is best within train."),
     ] = "10,20,100,200",
     temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
     features: Features = "cls",
-    out: Out = None,
-    cache: Cache = None,
-    size: Size = None,
-    shape: Shape = "crop",
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """k-NN: the classes of the nearest training images vote, weighed by similarity."""
-    options = {"k": _numbers("--k", k), "temperature": temperature, "features": features, "seed": seed}
-    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
-    _run("knn", {"knn": options}, model, train, test, out, extraction, as_json)
+    return {"k": _numbers("--k", k), "temperature": temperature, "features": features}
 
 
-@group.command("linear")
-def linear_command(
-    train: Train,
-    test: Test,
-    model: Models = None,
+@_protocol("linear", _of_features)
+def _linear(
+    *,
     steps: Annotated[int | None, typer.Option(help="Of SGD; 10 passes by default, 500 at least.")] = None,
     batch: Annotated[int, typer.Option(help="Images of a step.")] = 1024,
-    out: Out = None,
-    cache: Cache = None,
-    size: Size = None,
-    shape: Shape = "crop",
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """A linear head: learning rates x {1, 4} layers x with and without mean patch, chosen within train."""
-    options = {"steps": steps, "batch": batch, "seed": seed}
-    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
-    _run("linear", {"linear": options}, model, train, test, out, extraction, as_json)
+    return {"steps": steps, "batch": batch}
 
 
-@group.command("logreg")
-def logreg_command(
-    train: Train,
-    test: Test,
-    model: Models = None,
-    features: Features = "cls",
-    out: Out = None,
-    cache: Cache = None,
-    size: Size = None,
-    shape: Shape = "crop",
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+@_protocol("logreg", _of_features)
+def _logreg(*, features: Features = "cls") -> dict[str, Any]:
     """Logistic regression, its C chosen within train."""
-    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
-    _run(
-        "logreg",
-        {"logreg": {"features": features, "seed": seed}},
-        model,
-        train,
-        test,
-        out,
-        extraction,
-        as_json,
-    )
+    return {"features": features}
 
 
-@group.command("fewshot")
-def fewshot_command(
-    train: Train,
-    test: Test,
-    model: Models = None,
+@_protocol("fewshot", _of_features)
+def _fewshot(
+    *,
     shots: Annotated[str, typer.Option(help="Training images a class.")] = "1,5,10",
     draws: Annotated[int, typer.Option(help="Of the training images; the accuracy is the mean.")] = 10,
     features: Features = "cls",
-    out: Out = None,
-    cache: Cache = None,
-    size: Size = None,
-    shape: Shape = "crop",
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Logistic regression on a few training images a class, drawn several times."""
-    options = {"shots": _numbers("--shots", shots), "draws": draws, "features": features, "seed": seed}
-    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
-    _run("fewshot", {"fewshot": options}, model, train, test, out, extraction, as_json)
+    return {"shots": _numbers("--shots", shots), "draws": draws, "features": features}
 
 
-@group.command("retrieval")
-def retrieval_command(
-    train: Train,
-    test: Test,
-    model: Models = None,
+@_protocol("retrieval", _of_features)
+def _retrieval(
+    *,
     ground_truth: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="What each query should find, as in revisited Oxford and Paris."),
     ] = None,
     features: Features = "cls",
-    out: Out = None,
-    cache: Cache = None,
-    size: Size = None,
-    shape: Shape = "crop",
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """mAP and recall of finding images of the same label, or those of a ground truth (easy, medium, hard)."""
-    options = {"ground_truth": ground_truth, "features": features, "seed": seed}
-    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
-    _run("retrieval", {"retrieval": options}, model, train, test, out, extraction, as_json)
+    return {"ground_truth": ground_truth, "features": features}
 
 
-DenseSize = Annotated[
-    int, typer.Option(help="Pixels, of the short side that the model sees; 0: as finetune takes it.")
-]
-Window = Annotated[
-    int, typer.Option(help="Pixels; test images are seen through a sliding window of this side; 0: whole.")
-]
-Rates = Annotated[str, typer.Option("--lr", help="Learning rates; the best one within train is chosen.")]
-Epochs = Annotated[float, typer.Option(help="Passes over train; 0: as finetune takes it.")]
-
-
-@group.command("segmentation")
-def segmentation_command(
-    train: Annotated[str, typer.Option(help="A folder of images/ and labels/.")],
-    test: Annotated[str, typer.Option(help="The same, with the same classes.")],
-    model: Models = None,
+@_protocol("segmentation", _of_maps, _training)
+def _segmentation(
+    *,
     head: Annotated[str, typer.Option(help="linear4 (four blocks) or linear (the last one).")] = "linear4",
     ignore: Annotated[int, typer.Option(help="Label of pixels that do not count.")] = 255,
-    size: DenseSize = 0,
-    window: Window = 0,
-    lr: Rates = "1e-3,3e-3,1e-2",
-    epochs: Epochs = 0,
-    out: Out = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """A head on frozen patch features says the class of every pixel: mIoU, IoU of each class, pixel accuracy."""
-    options = {
-        "head": head, "ignore": ignore, "size": size, "window": window, "epochs": epochs, "seed": seed,
-        "learning_rates": _rates(lr),
-    }  # fmt: skip
-    _run("segmentation", {"segmentation": options}, model, train, test, out, {"device": device}, as_json)
+    return {"head": head, "ignore": ignore}
 
 
-@group.command("depth")
-def depth_command(
-    train: Annotated[str, typer.Option(help="A folder of images/ and depth/.")],
-    test: Annotated[str, typer.Option(help="The same.")],
-    model: Models = None,
+@_protocol("depth", _of_maps, _training)
+def _depth(
+    *,
     head: Annotated[str, typer.Option(help="linear4, linear, dpt or regression.")] = "linear4",
     max_depth: Annotated[
         float, typer.Option(help="Metres; what is farther does not count. 0: as far as train goes.")
@@ -216,43 +210,18 @@ def depth_command(
     ] = "",
     depth_scale: Annotated[float, typer.Option(help="What one metre is in an integer depth file.")] = 1000.0,
     channels: Annotated[int, typer.Option(help="Of dpt's maps; the papers' 256 are slow on a CPU.")] = 256,
-    size: DenseSize = 0,
-    window: Window = 0,
-    lr: Rates = "1e-3,3e-3,1e-2",
-    epochs: Epochs = 0,
-    out: Out = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """A head on frozen features says how far every pixel is: RMSE, AbsRel, log10, delta1 to delta3."""
-    options = {
+    return {
         "head": head, "max_depth": max_depth, "crop": crop, "align": align, "depth_scale": depth_scale,
-        "channels": channels, "size": size, "window": window, "epochs": epochs, "seed": seed,
-        "learning_rates": _rates(lr),
+        "channels": channels,
     }  # fmt: skip
-    _run("depth", {"depth": options}, model, train, test, out, {"device": device}, as_json)
 
 
-@group.command("all")
-def all_command(
-    train: Train,
-    test: Test,
-    model: Models = None,
-    out: Out = None,
-    cache: Cache = None,
-    size: Size = None,
-    shape: Shape = "crop",
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+@_protocol("all", _of_features)
+def _all() -> dict[str, Any]:
     """Every protocol that the data allow."""
-    from unlabeled.evaluate.report import CLASSIFICATION
-
-    options: dict[str, dict[str, Any]] = {task: {"seed": seed} for task in CLASSIFICATION}
-    extraction = {"cache": cache, "size": size, "shape": shape, "device": device}
-    _run("all", options, model, train, test, out, extraction, as_json)
+    return {}
 
 
 @group.command("health")
@@ -284,21 +253,16 @@ def health_command(
         )
 
 
-def _run(
-    task: str,
-    options: dict[str, dict[str, Any]],
-    models: list[str] | None,
-    train: str,
-    test: str,
-    out: str | None,
-    extraction: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """Run one protocol, or all, and print, write and say what was found."""
+def _run(task: str, options: dict[str, Any], extraction: dict[str, Any], given: dict[str, Any]) -> None:
+    """Run one protocol, or all, and print, write and say what was found.
+
+    options: of the protocol, of each of all. given: what was said of train, test, model, out and as_json.
+    """
     from unlabeled.evaluate.page import cell, write_report
-    from unlabeled.evaluate.report import run
+    from unlabeled.evaluate.report import CLASSIFICATION, run
     from unlabeled.evaluate.result import Result
 
+    train, test, out, as_json = (given[name] for name in ("train", "test", "out", "as_json"))
     terminal = console(as_json)
 
     def seen(result: Result, seconds: float) -> None:
@@ -306,9 +270,10 @@ def _run(
         took = f"{seconds:.0f} s" if seconds else f"kept in {out}"
         _say(terminal, f"{result.task} {result.main} of {result.model}: {value} ({between}), {took}")
 
+    by_task = dict.fromkeys(CLASSIFICATION if task == "all" else [task], options)
     report = run(
-        [task], models or [], train, test, out=out, options=options, seen=seen, console=terminal, **extraction
-    )
+        [task], given["model"] or [], train, test, out=out, options=by_task, seen=seen, console=terminal, **extraction
+    )  # fmt: skip
     _print(terminal, report)
     if out:
         write_report(out, report, f"{task} of {train} on {test}")

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from numpy.typing import NDArray
@@ -74,27 +74,49 @@ class ChosenHead:
     notes: tuple[str, ...]
 
 
+class HeadTraining(TypedDict, total=False):
+    """How a head is trained; all have defaults.
+
+    size: pixels, of the short side that the model sees; 0: as `finetune` takes it.
+    learning_rates: of AdamW, to choose from.
+    epochs: passes over train; 0: as `finetune` takes it.
+    seed: of everything random.
+    device: auto, cpu, cuda, cuda:1 or mps.
+    cache: a folder where tokens are kept for other heads on the same data and model; a temporary one by default.
+    console: where progress is shown; nowhere by default.
+    """
+
+    size: int
+    learning_rates: Sequence[float]
+    epochs: float
+    seed: int
+    device: str
+    cache: str | Path | None
+    console: Console | None
+
+
 def chosen_head(
     task: Task,
     kind: str,
     model: str | Path | VisionTransformer,
-    options: DataOptions,
-    learning_rates: Sequence[float],
-    epochs: float,
-    device: str,
-    cache: str | Path | None,
-    console: Console | None,
+    data: DataOptions,
     arguments: Mapping[str, Any] | None = None,
+    **training: Unpack[HeadTraining],
 ) -> ChosenHead:
     """Train a head with each learning rate on nine tenths of train; return the best one on the last tenth.
 
-    arguments: of the head, where others than `make_head`'s are wanted.
+    data: train; its size and seed are those of `training`. arguments: of the head, where others than `make_head`'s are
+    wanted.
 
     Raises:
         UserError: train has fewer than ten usable images, or there is no learning rate.
     """
+    learning_rates = training.get("learning_rates", LEARNING_RATES)
     if not learning_rates:
         raise UserError("There is no learning rate to choose from.")
+    options = dataclasses.replace(data, size=training.get("size", 0), seed=training.get("seed", 0))
+    epochs, device = training.get("epochs", 0), training.get("device", "auto")
+    cache, console = training.get("cache"), training.get("console")
     network = load_model(model) if isinstance(model, str | Path) else model
     opened = open_task(task, options, network.config)
     validation = validation_of(task, opened)

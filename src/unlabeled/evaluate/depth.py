@@ -5,9 +5,8 @@ Shape suffixes: H W pixels, I images, M metrics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Unpack, get_args
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from unlabeled.dense.heads import DepthKind
 from unlabeled.dense.labelled import depth_images
 from unlabeled.dense.metrics import DEPTH_METRICS, Align, Crop, depth_scores
 from unlabeled.errors import UserError
-from unlabeled.evaluate.dense_heads import LEARNING_RATES, ChosenHead, chosen_head, maps_of
+from unlabeled.evaluate.dense_heads import ChosenHead, HeadTraining, chosen_head, maps_of
 from unlabeled.evaluate.labelled import name_of
 from unlabeled.evaluate.result import Figure, Result, result_of
 from unlabeled.finetune.tasks import DataOptions
@@ -37,14 +36,8 @@ def depth(
     align: Align = "",
     depth_scale: float = 1000.0,
     channels: int = 256,
-    size: int = 0,
     window: int = 0,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: float = 0,
-    seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    console: Console | None = None,
+    **training: Unpack[HeadTraining],
 ) -> Result:
     """Train a head on frozen features of train's images and measure it on test's, at every pixel of their own size.
 
@@ -60,7 +53,8 @@ def depth(
         align: median or least squares, for depth that is known up to scale only, see `dense.metrics.depth_scores`.
         depth_scale: what one metre is in an integer depth file.
         channels: of the dpt head's maps; 256 is the papers', and slow on a CPU.
-        size, window, learning_rates, epochs, seed, device, cache, console: as in `segmentation`.
+        window: as in `segmentation`.
+        training: see `HeadTraining`.
 
     Returns:
         metrics: rmse (metres), abs_rel, log10, delta1, delta2, delta3: means over images, with intervals by bootstrap
@@ -69,17 +63,16 @@ def depth(
     Raises:
         UserError: data that cannot be used, or a head that does not exist.
     """
-    options = DataOptions(str(train), size=size, depth_scale=depth_scale, seed=seed)
     if crop not in get_args(Crop) or align not in get_args(Align):
         ways = " and ".join(", ".join(filter(None, get_args(kind))) for kind in (Crop, Align))
         raise UserError(f"There is no crop {crop!r} or no alignment {align!r}; there are {ways}.")
     arguments = {"channels": channels} if head == "dpt" else None
-    chosen = chosen_head(
-        "depth", head, model, options, learning_rates, epochs, device, cache, console, arguments
-    )
+    data = DataOptions(str(train), depth_scale=depth_scale)
+    chosen = chosen_head("depth", head, model, data, arguments, **training)
     return measured(
-        chosen, name_of(model), test, min_depth, max_depth, crop, align, depth_scale, window, console
-    )
+        chosen, name_of(model), test, min_depth, max_depth, crop, align, depth_scale, window,
+        training.get("console"),
+    )  # fmt: skip
 
 
 def measured(

@@ -5,9 +5,8 @@ Shape suffixes: C classes, H W pixels, I images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from unlabeled.dense.labelled import labelled_images
 from unlabeled.dense.metrics import confusion_matrix, segmentation_scores
 from unlabeled.errors import UserError
-from unlabeled.evaluate.dense_heads import LEARNING_RATES, ChosenHead, chosen_head, maps_of
+from unlabeled.evaluate.dense_heads import ChosenHead, HeadTraining, chosen_head, maps_of
 from unlabeled.evaluate.labelled import name_of
 from unlabeled.evaluate.result import Figure, Result, result_of
 from unlabeled.finetune.tasks import DataOptions
@@ -34,14 +33,8 @@ def segmentation(
     test: str | Path,
     head: Head = "linear4",
     ignore: int = 255,
-    size: int = 0,
     window: int = 0,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: float = 0,
-    seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    console: Console | None = None,
+    **training: Unpack[HeadTraining],
 ) -> Result:
     """Train a head on frozen features of train's images and measure it on test's, at every pixel of their own size.
 
@@ -52,14 +45,8 @@ def segmentation(
         train, test: folders of images/ and labels/, see `dense.labelled.labelled_images`.
         head: linear: batch norm and a 1x1 convolution on the last block's patches; linear4: of four blocks.
         ignore: label of pixels that do not count.
-        size: pixels, of the short side that the model sees; 0: as `finetune` takes it.
         window: pixels; test images are seen through a sliding window of this side; 0: whole.
-        learning_rates: of AdamW, to choose from.
-        epochs: passes over train; 0: as `finetune` takes it.
-        seed: of everything random.
-        device: auto, cpu, cuda, cuda:1 or mps.
-        cache: a folder where tokens are kept for other heads on the same data and model; a temporary one by default.
-        console: where progress is shown; nowhere by default.
+        training: see `HeadTraining`.
 
     Returns:
         metrics: miou (over the classes that occur in truth or prediction), pixel_accuracy, iou_<class>; intervals of
@@ -70,9 +57,8 @@ def segmentation(
     """
     if head not in get_args(Head):
         raise UserError(f"There is no segmentation head {head!r}; choose one of {', '.join(get_args(Head))}.")
-    options = DataOptions(str(train), size=size, ignore=ignore, seed=seed)
-    chosen = chosen_head("segment", head, model, options, learning_rates, epochs, device, cache, console)
-    return measured(chosen, name_of(model), test, window, console)
+    chosen = chosen_head("segment", head, model, DataOptions(str(train), ignore=ignore), **training)
+    return measured(chosen, name_of(model), test, window, training.get("console"))
 
 
 def measured(
