@@ -30,9 +30,10 @@ from machine import device_name, gemm_rate, peak_memory
 from unlabeled.devices import denormals_flushed
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
+from unlabeled.pretrain.batch import Batch
 from unlabeled.pretrain.data import batches, step_masks
 from unlabeled.pretrain.loop import make_optimizer, step_seed
-from unlabeled.pretrain.method import Batch, SelfDistillation
+from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import Recipe, override
@@ -202,7 +203,7 @@ def measure_ours(options: argparse.Namespace, precision: str) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter(), time.process_time()))
-        masked.append(0.0 if batch.masks_VBN is None else float(batch.masks_VBN.sum()))
+        masked.append(float(sum(batch.masks.counts)) if batch.masks else 0.0)
         if len(times) > options.warmup + options.steps - 1:
             break
     measured = list(pairwise(times))[options.warmup - 1 :]
@@ -236,7 +237,7 @@ def check_flops(options: argparse.Namespace) -> None:
     _, batch = next(step_batches(recipe, None, parallel))
     with FlopCounterMode(display=False) as counter:
         method.train_step(batch, optimizer, values_at(recipe, 0))
-    num_masked = 0.0 if batch.masks_VBN is None else float(batch.masks_VBN.sum())
+    num_masked = float(sum(batch.masks.counts)) if batch.masks else 0.0
     products = products_of_step(recipe, num_masked)
     attention = sum(product.flops for product in products if product.name.endswith(ATTENTION))
     total = sum(product.flops for product in products)

@@ -15,9 +15,10 @@ from unlabeled.images.sources import open_source
 from unlabeled.images.transform import normalize
 from unlabeled.pretrain import loop
 from unlabeled.pretrain.auto import small_images
+from unlabeled.pretrain.batch import Batch
 from unlabeled.pretrain.data import step_masks
 from unlabeled.pretrain.frozen_teacher import FeatureTeacher, distillation
-from unlabeled.pretrain.method import Batch, SelfDistillation
+from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.plan import prepared
 from unlabeled.pretrain.recipe import override
@@ -64,8 +65,8 @@ def test_weights_without_heads_teach_by_likeness_to_images(
 ) -> None:
     method, batch = made(tile_folder, tmp_path / "run", released, **{"loss.targets": "centering"})
     assert method.recipe.head.num_prototypes == len(open_source(str(tile_folder))) == 24
-    assert batch.masks_VBN is not None
-    assert batch.masks_VBN.all()
+    assert batch.masks is not None
+    assert batch.masks.hidden_VBN.all()
     teacher, backbone = method.frozen_teacher, load_model(released).double()
     assert isinstance(teacher, FeatureTeacher)
     targets = method.teacher_targets(batch, 0.05)
@@ -76,7 +77,7 @@ def test_weights_without_heads_teach_by_likeness_to_images(
     ):
         rows = F.normalize(seen - head.mean.double(), dim=-1) @ head.weight.double().T
         assert found is not None
-        torch.testing.assert_close(found.double(), (rows / 0.05).softmax(-1), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found[:].double(), (rows / 0.05).softmax(-1), rtol=1e-3, atol=1e-6)
 
 
 def test_the_prototypes_are_features_of_the_images(tile_folder: Path, tmp_path: Path, released: Path) -> None:

@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.conftest import Runner, command, environment, losses
+from tests.pretrain.conftest import command, environment, losses
+from tests.pretrain.test_resume import run_here
 from unlabeled.pretrain import checkpoint
 
-STEPS = {"run.steps": 12, "run.checkpoint_every": 3, "model.drop_path": 0.2}
+STEPS = {"run.steps": 12, "run.checkpoint_every": 3}
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the rank in /proc")
-def test_a_killed_rank_comes_back_and_training_goes_on(
-    tile_folder: Path, tmp_path: Path, run_pretrain: Runner
-) -> None:
+def test_a_killed_rank_comes_back_and_training_goes_on(tile_folder: Path, tmp_path: Path) -> None:
     arguments = (str(tile_folder), "--recipe", "tiny", "--device", "cpu")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run_pretrain(*arguments, "--out", str(whole), overrides=STEPS, ranks=2)
-    assert done.returncode == 0, done.stderr
+    run_here(tile_folder, whole, overrides=STEPS)
     line = command(*arguments, "--out", str(broken), overrides=STEPS, ranks=2, restarts=1)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(line, env=environment(), stdout=log, stderr=log)
@@ -33,7 +31,9 @@ def test_a_killed_rank_comes_back_and_training_goes_on(
         os.kill(second_rank(process.pid), signal.SIGKILL)
         assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
     assert "resumed from step" in (tmp_path / "log").read_text()
-    assert losses(broken) == losses(whole)
+    # Without drop path, which depends on the number of ranks, two give the losses of one to rounding.
+    expected = [loss for _, loss in losses(whole)]
+    assert [loss for _, loss in losses(broken)] == pytest.approx(expected, rel=2e-4)
     assert [step for step, _ in losses(broken)] == list(range(12))
 
 

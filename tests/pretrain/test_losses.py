@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlabeled.pretrain import losses
+from unlabeled.pretrain.targets import Assignment
 
 TEMPERATURE = 0.1
 
@@ -61,6 +62,15 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(losses.prototype_cross_entropy(*arguments), whole)
 
 
+def test_gradients_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 5 * 2)
+    z, w = unit_rows(5, 3, 0).requires_grad_(), unit_rows(5, 3, 1).requires_grad_()
+    targets, weights = probabilities(5, 5, seed=2), torch.rand(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda z, w: losses.prototype_cross_entropy(z, w, targets, weights, TEMPERATURE), (z, w)
+    )
+
+
 class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +92,19 @@ def test_the_students_logits_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPa
     with LargestTensor() as mode:
         losses.prototype_cross_entropy(z, w, targets, weights, TEMPERATURE).backward()
     assert mode.largest <= max(500 * 16, 500 * 10)
+
+
+def test_of_an_assignment_the_targets_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 500 * 10)
+    z, w = (unit_rows(rows, 16, rows).float().requires_grad_() for rows in (100, 500))
+    targets = Assignment.by_sinkhorn(unit_rows(100, 16, 5).float(), unit_rows(500, 16, 6).float(), 0.05, 3)
+    weights = torch.ones(100)
+    with LargestTensor() as mode:
+        found = losses.prototype_cross_entropy(z, w, targets, weights, TEMPERATURE)
+    assert mode.largest <= max(500 * 16, 500 * 10)
+    expected = losses.prototype_cross_entropy(z, w, targets[:], weights, TEMPERATURE)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (z, w)), torch.autograd.grad(expected, (z, w)))
 
 
 @pytest.mark.parametrize("num_locals", [0, 1, 3])

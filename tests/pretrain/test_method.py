@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from tests.pretrain import reference_step as plain
+from unlabeled.pretrain.batch import Batch, Masks
 from unlabeled.pretrain.loop import make_optimizer
 from unlabeled.pretrain.masks import block_masks
-from unlabeled.pretrain.method import Batch, SelfDistillation, Targets
+from unlabeled.pretrain.method import SelfDistillation, Targets, compile_blocks
 from unlabeled.pretrain.optimizer import apply_schedule
 from unlabeled.pretrain.recipe import Recipe, override
 from unlabeled.pretrain.recipes import named_recipe
@@ -56,7 +58,7 @@ def made(recipe: Recipe) -> tuple[SelfDistillation, Batch]:
     rng = np.random.default_rng(0)
     masks = None
     if recipe.loss.ibot:
-        masks = torch.from_numpy(block_masks(2 * IMAGES, (4, 4), 0.5, (0.2, 0.6), rng))
+        masks = Masks.of(torch.from_numpy(block_masks(2 * IMAGES, (4, 4), 0.5, (0.2, 0.6), rng)))
     images = [torch.from_numpy(rng.integers(0, 256, (views * IMAGES, 3, side, side), dtype=np.uint8))
               for views, side in ((2, 16), (LOCALS, 8))]  # fmt: skip
     return method, Batch(images[0], images[1], masks, IMAGES)
@@ -93,8 +95,8 @@ def reference_losses(recipe: Recipe, student: plain.Parameters, teacher: plain.P
         seen = [tokens(teacher, image, None, 4) for image in batch.globals_VB3HW]
         dino_logits = [plain.head_logits(teacher, one[0], "dino_head.") for one in seen]
         ibot_logits = []
-        if batch.masks_VBN is not None:
-            for one, mask in zip(seen, batch.masks_VBN, strict=True):
+        if batch.masks is not None:
+            for one, mask in zip(seen, batch.masks.hidden_VBN, strict=True):
                 hidden = [one[first_patch + number] for number in range(16) if mask[number]]
                 ibot_logits += [plain.head_logits(teacher, token, ibot_head) for token in hidden]
         if recipe.loss.targets == "sinkhorn":
@@ -109,7 +111,7 @@ def reference_losses(recipe: Recipe, student: plain.Parameters, teacher: plain.P
     ibot = torch.zeros((), dtype=torch.float64)
     target_number = 0
     for row, image in enumerate(batch.globals_VB3HW):
-        mask = None if batch.masks_VBN is None else batch.masks_VBN[row]
+        mask = batch.masks and batch.masks.hidden_VBN[row]
         one = tokens(student, image, mask, 4)
         views[row // IMAGES].append(plain.head_logits(student, one[0], "dino_head."))
         cls[row // IMAGES].append(one[0])
@@ -132,7 +134,7 @@ def reference_losses(recipe: Recipe, student: plain.Parameters, teacher: plain.P
     ]  # fmt: skip
     found = {"dino": torch.stack(terms).mean()}
     found["koleo"] = plain.koleo(cls[0]) + plain.koleo(cls[1])
-    if batch.masks_VBN is not None:
+    if batch.masks is not None:
         found["ibot"] = ibot
     return found, [dino_logits, ibot_logits]
 
@@ -307,10 +309,25 @@ def test_bf16_is_near_float32() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=0)
 
 
-def test_a_recipe_compiles() -> None:
-    whole, batch = made(recipe_of())
-    eager = whole.backward(batch, whole.teacher_targets(batch, 0.06))["loss"]
-    compiled, _ = made(recipe_of())
-    compiled.student.compile(backend="eager")
-    compiled.teacher.compile(backend="eager")
-    torch.testing.assert_close(compiled.backward(batch, compiled.teacher_targets(batch, 0.06))["loss"], eager)
+def test_blocks_compile_once_and_whole() -> None:
+    """No graph breaks (fullgraph), and after the first step no compilation, whatever the masks and the drop path."""
+    recipe = recipe_of(model__drop_path=0.3)
+    (plain, batch), (compiled, _) = made(recipe), made(recipe)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(compiled.student, compiled.teacher, backend="aot_eager")
+    graphs = []
+    for seed in range(3):
+        masks = torch.from_numpy(
+            block_masks(2 * IMAGES, (4, 4), 0.5, (0.2, 0.6), np.random.default_rng(seed))
+        )
+        other = Batch(batch.globals_VB3HW.roll(seed, 0), batch.locals_VB3HW, Masks.of(masks), IMAGES)
+        losses = []
+        for method in (plain, compiled):
+            torch.manual_seed(seed)
+            losses.append(method.backward(other, method.teacher_targets(other, 0.06))["loss"])
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+        graphs.append(counters["stats"]["unique_graphs"])
+    # The teacher's global crops, the student's local and global ones: not one each for every block.
+    assert graphs == [3, 3, 3]
+    assert not counters["graph_break"]

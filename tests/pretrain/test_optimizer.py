@@ -1,5 +1,6 @@
 """Parameter groups, clipping, EMA."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from unlabeled.pretrain.head import ProjectionHead
 from unlabeled.pretrain.method import SelfDistillation
-from unlabeled.pretrain.optimizer import apply_schedule, clip_gradients, parameter_groups, update_teacher
+from unlabeled.pretrain.optimizer import apply_schedule, clip_gradients, guarded_update, parameter_groups
 from unlabeled.pretrain.recipe import override
 from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.schedules import StepValues
@@ -77,13 +78,28 @@ def test_each_submodule_is_clipped_by_itself() -> None:
     assert all(bool((p.grad == 0.01).all()) for p in parts["small"].parameters() if p.grad is not None)
 
 
-def test_teacher_is_an_exponential_moving_average() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_update_is_adamw_and_the_teachers_average_or_nothing(fused: bool) -> None:
     teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
-    expected = [0.9 * t.detach().double() + 0.1 * s.detach().double() for t, s in
-                zip(teacher.parameters(), student.parameters(), strict=True)]  # fmt: skip
-    update_teacher(teacher, student, 0.9)
-    for found, value in zip(teacher.parameters(), expected, strict=True):
-        torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=1e-7)
+    plain = copy.deepcopy(student)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.1, fused=fused) for one in (student, plain)]
+    yes, no = torch.tensor(True), torch.tensor(False)
+    for finite in (yes, no, yes, yes):
+        for a, b in zip(student.parameters(), plain.parameters(), strict=True):
+            a.grad = torch.randn_like(a) if finite else torch.full_like(a, math.nan)
+            b.grad = a.grad.clone()
+        before = [p.detach().clone() for network in (teacher, student) for p in network.parameters()]
+        guarded_update(optimizers[0], teacher, student, 0.9, finite)
+        if not finite:
+            after = [p for network in (teacher, student) for p in network.parameters()]
+            assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+            continue
+        optimizers[1].step()
+        for a, b in zip(student.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(a, b)  # moments and step counts, too, are as if the skipped step had not been
+        for t, was, s in zip(teacher.parameters(), before, student.parameters(), strict=False):
+            expected = 0.9 * was.double() + 0.1 * s.detach().double()
+            torch.testing.assert_close(t.double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_head_is_the_plain_formula() -> None:

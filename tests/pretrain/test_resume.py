@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,42 @@ def test_a_full_disk_leaves_the_last_checkpoint_loadable(
     method = SelfDistillation(recipe)
     assert checkpoint.load(saved[-1], method, loop.make_optimizer(method)) == 2
     assert loop.pretrain(resume=out, device="cpu", console=QUIET).metrics[-1]["step"] == 5
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tile_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writing is held up until two more steps are done; it holds the state it began with."""
+    steps, went_on, kept = 0, threading.Event(), {}
+    step, flush, save = SelfDistillation.train_step, checkpoint._flush, checkpoint.Checkpoints.save
+
+    def counted(self: SelfDistillation, *arguments: Any) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        result = step(self, *arguments)
+        steps += 1
+        if steps == 5:
+            went_on.set()
+        return result
+
+    def held_up(folder: Path) -> None:
+        assert went_on.wait(60), "the step waits for the disk"
+        flush(folder)
+
+    def noted(self: checkpoint.Checkpoints, step: int) -> None:
+        kept[step] = {name: value.clone() for name, value in self.method.state_dict().items()}
+        save(self, step)
+
+    monkeypatch.setattr(SelfDistillation, "train_step", counted)
+    monkeypatch.setattr(checkpoint, "_flush", held_up)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", noted)
+    run = run_here(tile_folder, tmp_path / "run", overrides={"run.checkpoint_every": 3, "run.steps": 6})
+    assert steps == 6
+    for path in checkpoint.all_checkpoints(run.path / "checkpoints"):
+        method = SelfDistillation(run.recipe)
+        number = checkpoint.load(path, method, loop.make_optimizer(method))
+        state = method.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in kept[number].items())
+    assert set(kept) == {3, 6}
 
 
 def test_a_file_size_limit_is_a_full_disk_too(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlabeled.pretrain.targets import Center, sinkhorn_knopp, softmax_center
+from unlabeled.pretrain.targets import Assignment, Center, prototype_logits, sinkhorn_knopp, softmax_center
 
 
 def plain_sinkhorn(logits: np.ndarray, temperature: float, iterations: int) -> np.ndarray:
@@ -76,3 +76,27 @@ def test_center_is_a_running_mean() -> None:
         center.update(torch.from_numpy(logits))
         expected = 0.9 * expected + 0.1 * logits.mean(0)
     np.testing.assert_allclose(center.center.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sinkhorn", "center"])
+def test_an_assignment_is_the_same_targets_made_later(kind: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.nn.functional.normalize(torch.randn(17, 6, generator=generator), dim=1).to(dtype)
+    prototypes = torch.nn.functional.normalize(torch.randn(11, 6, generator=generator), dim=1)
+    logits = prototype_logits(tokens, prototypes)
+    if kind == "sinkhorn":
+        expected = sinkhorn_knopp(logits, 0.05)
+        found = Assignment.by_sinkhorn(tokens, prototypes, 0.05, 3)
+    else:
+        center, same = Center(11), Center(11)
+        center.center.normal_(std=0.1, generator=generator)
+        same.center.copy_(center.center)
+        expected = softmax_center(logits, center.center, 0.05)
+        center.update(logits)
+        found = Assignment.by_center(tokens, prototypes, 0.05, same)
+        assert torch.equal(center.center, same.center)
+    torch.testing.assert_close(found[:], expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.cat([found[:5], found[5:6], found[6:]]), expected, rtol=1e-5, atol=1e-7)
+    some = found.of(lambda rows: torch.cat((rows[3:5], rows[10:])))
+    torch.testing.assert_close(some[:], torch.cat((expected[3:5], expected[10:])), rtol=1e-5, atol=1e-7)

@@ -52,7 +52,12 @@ def evaluation_transform(
 def normalize(images_B3HW: Tensor) -> Tensor:
     """uint8 images to float32 with ImageNet's mean and standard deviation taken out, on their own device."""
     # One multiplication and one addition a pixel: (x / 255 - mean) / std = x * scale + shift.
-    scale = torch.tensor([1 / (255 * std) for std in IMAGENET_STD], device=images_B3HW.device)
     pairs = zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    shift = torch.tensor([-mean / std for mean, std in pairs], device=images_B3HW.device)
-    return torch.addcmul(shift[:, None, None], images_B3HW.float(), scale[:, None, None])
+    scale = _filled([1 / (255 * std) for std in IMAGENET_STD], images_B3HW.device)
+    shift = _filled([-mean / std for mean, std in pairs], images_B3HW.device)
+    return torch.addcmul(shift, images_B3HW.float(), scale)
+
+
+def _filled(values: list[float], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32, written on the device itself: a copy from the host would wait for it."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])

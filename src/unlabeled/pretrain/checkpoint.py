@@ -8,13 +8,17 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,39 +35,104 @@ from unlabeled.weights.huggingface import save_huggingface
 _NAME = re.compile(r"step_(\d+)$")
 
 
-def save(
-    folder: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer, step: int, keep: int
-) -> Path:
-    """Write the state after `step` steps to folder/step_00000001 and so on, then drop all but the last `keep`.
+class Checkpoints:
+    """Writes checkpoints, and the teacher's backbone with each, while training goes on.
 
-    It is written beside its place and renamed when whole, so a crash or a full disk leaves the last one good.
-    Random state needs no saving: everything random is drawn from (seed, step) or (seed, position).
+    The step waits for a copy of the state in the host's memory; a thread then writes it beside its place and renames it
+    when it is whole, so that a crash or a full disk leaves the last one good. Random state needs no saving: everything
+    random is drawn from (seed, step) or (seed, position). Every rank has one of these and calls it alike. As a context
+    it ends with everything written.
 
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
+    Args:
+        folder: of the run: checkpoints/step_00000001 and so on, model/.
+        method: what is written.
+        optimizer: its state too.
+        keep: how many of the latest are kept.
     """
-    parallel = method.parallel
-    target = folder / f"step_{step:08d}"
-    partial = folder / f".partial_{step:08d}"
-    with _one_line(folder):
+
+    def __init__(
+        self, folder: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer, keep: int
+    ) -> None:
+        self.folder, self.method, self.optimizer, self.keep = folder, method, optimizer, keep
+        parallel, on_gpu = method.parallel, method.parallel.device.type == "cuda"
+        # The thread's messages have a group of their own: the training's come in another order.
+        self.group = dist.new_group(backend="gloo") if parallel.distributed else None
+        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, False))
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except UserError:  # what stopped the run says more
+            if error is None:
+                raise
+        finally:
+            self.thread.shutdown()
+            self.stager.close()
+
+    def save(self, step: int) -> None:
+        """Begin to write the state after `step` steps; the one before it is written when this returns.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written, for this one or the one before it.
+        """
+        self.wait()
+        state: Any = self.stager.stage(_state(self.method, self.optimizer))
+        teacher = _copy_of_teacher(self.method)
+        self.writing = self.thread.submit(self._write, state, teacher, step)
+
+    def check(self) -> None:
+        """Say at once if the writing has failed.
+
+        Raises:
+            UserError: as `save`.
+        """
+        if self.writing and self.writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is written.
+
+        Raises:
+            UserError: as `save`.
+        """
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def _write(self, state: dict[str, Any], teacher: VisionTransformer, step: int) -> None:
+        parallel, folder = self.method.parallel, self.folder / "checkpoints"
+        target, partial = folder / f"step_{step:08d}", folder / f".partial_{step:08d}"
+        with _one_line(folder):
+            if parallel.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            self._barrier()
+            with _quiet():
+                state_dict_saver.save(
+                    state, checkpoint_id=partial, process_group=self.group, no_dist=self.group is None
+                )
+            if parallel.rank == 0:
+                (partial / "state.json").write_text(json.dumps({"step": step}))
+                _flush(partial)
+                shutil.rmtree(target, ignore_errors=True)
+                partial.replace(target)
+                _flush_folder(folder)
+                for old in all_checkpoints(folder)[: -self.keep]:
+                    shutil.rmtree(old)
         if parallel.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-        parallel.barrier()
-        with _quiet():
-            state_dict_saver.save(
-                _state(method, optimizer), checkpoint_id=partial, no_dist=not parallel.distributed
-            )
-        if parallel.rank == 0:
-            (partial / "state.json").write_text(json.dumps({"step": step}))
-            _flush(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.replace(target)
-            _flush_folder(folder)
-            for old in all_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
-    parallel.barrier()
-    return target
+            export(teacher, self.folder / "model")
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(self.group)
 
 
 def load(path: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer) -> int:
@@ -106,35 +175,45 @@ def all_checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def export(method: SelfDistillation, folder: Path) -> None:
-    """Write the teacher's backbone in Hugging Face format; every rank calls it, rank 0 writes.
+def export(teacher: VisionTransformer, folder: Path) -> None:
+    """Write a backbone in Hugging Face format.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    network = full_teacher(method)
     with _one_line(folder):
-        if method.parallel.rank == 0:
-            save_huggingface(network, folder)
-    method.parallel.barrier()
+        save_huggingface(teacher, folder)
 
 
 def full_teacher(method: SelfDistillation) -> VisionTransformer:
     """The teacher's backbone, whole, in evaluation mode; a copy on the CPU under FSDP."""
-    if not (method.parallel.distributed and method.recipe.run.sharding == "fsdp"):
+    if not _is_sharded(method):
         return method.teacher_backbone().eval()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=False)
-    state = get_model_state_dict(method.teacher, options=options)
-    backbone = VisionTransformer(method.recipe.vit_config())
+    return _copy_of_teacher(method)
+
+
+def _copy_of_teacher(method: SelfDistillation) -> VisionTransformer:
+    """The same as a copy on the CPU; every rank calls it, on rank 0 it has the weights."""
+    if _is_sharded(method):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=False)
+        whole = get_model_state_dict(method.teacher, options=options)
+        state = {
+            name.removeprefix("backbone."): value
+            for name, value in whole.items()
+            if name.startswith("backbone.")
+        }
+    else:
+        held = method.teacher_backbone().state_dict()
+        state = {name: value.to("cpu", copy=True) for name, value in held.items()}
+    with torch.device("meta"):
+        backbone = VisionTransformer(method.recipe.vit_config())
     if method.parallel.rank == 0:
-        backbone.load_state_dict(
-            {
-                name.removeprefix("backbone."): value
-                for name, value in state.items()
-                if name.startswith("backbone.")
-            }
-        )
+        backbone.load_state_dict(state, assign=True)
     return backbone.eval()
+
+
+def _is_sharded(method: SelfDistillation) -> bool:
+    return method.parallel.distributed and method.recipe.run.sharding == "fsdp"
 
 
 def _state(method: SelfDistillation, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

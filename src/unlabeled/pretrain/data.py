@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from unlabeled.errors import UserError
@@ -17,58 +18,64 @@ from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.decode import BadImage, decode, quiet_native_libraries
 from unlabeled.images.order import ShuffledOrder
 from unlabeled.images.sources import Source
-from unlabeled.pretrain.crops import CropRecipe, Crops, make_crops, smallest_side
+from unlabeled.pretrain.batch import Batch, Masks
+from unlabeled.pretrain.crops import CropRecipe, Crops, draw_parameters, make_crops, smallest_side
+from unlabeled.pretrain.device_crops import Uncropped
 from unlabeled.pretrain.masks import block_masks
-from unlabeled.pretrain.method import Batch
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import Recipe
+
+Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 MAX_REPLACEMENTS = 100  # unreadable images met in a row before a run gives up
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """What a worker hands over: uint8 crops, view-major, and the files it could not read."""
+    """What a worker hands over: a batch on the CPU, and the files it could not read."""
 
-    globals_VB3HW: Tensor
-    locals_VB3HW: Tensor
+    batch: Batch | Uncropped
     bad: list[tuple[str, str]]
 
     def pin_memory(self) -> CropBatch:
         """The same in page-locked memory, for copies that overlap with compute."""
-        return CropBatch(self.globals_VB3HW.pin_memory(), self.locals_VB3HW.pin_memory(), self.bad)
+        return CropBatch(self.batch.pin_memory(), self.bad)
 
 
 class CropDataset(Dataset[CropBatch]):
-    """Item p: the crops of position p of an endless shuffled walk over the source.
+    """Item p: the crops of position p of an endless shuffled walk over the source; a batch has its masks too.
 
-    Everything random comes from (seed, position). An unreadable image is replaced by another, drawn from the same
-    generator, and named in the batch.
+    Everything random comes from (seed, position) or (seed, step). An unreadable image is replaced by another, drawn
+    from the same generator, and named in the batch.
     """
 
-    def __init__(self, source: Source, recipe: CropRecipe, order: ShuffledOrder, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        recipe: CropRecipe,
+        order: ShuffledOrder,
+        seed: int,
+        masks: Callable[[int], Masks | None] | None = None,
+        on_device: bool = False,
+    ) -> None:
+        """masks: of the batch whose first position is given. on_device: crops are only drawn here, and made there."""
         self.source, self.recipe, self.order, self.seed = source, recipe, order, seed
+        self.masks, self.on_device = masks, on_device
 
     def __getitems__(self, positions: list[int]) -> CropBatch:
         """One batch."""
-        recipe, count = self.recipe, len(positions)
-        size, local = recipe.global_size, recipe.local_size
-        globals_VB3HW = np.empty((recipe.num_globals, count, 3, size, size), np.uint8)
-        locals_VB3HW = np.empty((recipe.num_locals, count, 3, local, local), np.uint8)
+        masks = self.masks and self.masks(positions[0])
+        indices = self.order.indices(np.asarray(positions))
         bad: list[tuple[str, str]] = []
-        for slot, (position, index) in enumerate(
-            zip(positions, self.order.indices(np.asarray(positions)), strict=True)
-        ):
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, position])))
-            place = Crops(globals_VB3HW[:, slot], locals_VB3HW[:, slot])
-            make_crops(self._image(int(index), rng, bad), recipe, rng, out=place)
-        return CropBatch(
-            torch.from_numpy(globals_VB3HW.reshape(-1, 3, size, size)),
-            torch.from_numpy(locals_VB3HW.reshape(-1, 3, local, local)),
-            bad,
-        )
+        rngs = [
+            np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, position])))
+            for position in positions
+        ]
+        images = (self._image(int(index), rng, bad) for index, rng in zip(indices, rngs, strict=True))
+        make = _drawn if self.on_device else _cropped
+        return CropBatch(make(images, rngs, self.recipe, masks), bad)
 
-    def _image(self, index: int, rng: np.random.Generator, bad: list[tuple[str, str]]) -> np.ndarray:
+    def _image(self, index: int, rng: np.random.Generator, bad: list[tuple[str, str]]) -> Pixels:
         for _ in range(MAX_REPLACEMENTS):
             try:
                 sample = self.source.read(index)
@@ -104,6 +111,36 @@ class _Positions:
         for step in range(self.start, self.steps):
             first = step * self.batch_size + self.rank * local
             yield list(range(first, first + local))
+
+
+def _cropped(
+    images: Iterable[Pixels], rngs: list[np.random.Generator], recipe: CropRecipe, masks: Masks | None
+) -> Batch:
+    """The crops of some images, made here."""
+    count, size, local = len(rngs), recipe.global_size, recipe.local_size
+    globals_VB3HW = np.empty((recipe.num_globals, count, 3, size, size), np.uint8)
+    locals_VB3HW = np.empty((recipe.num_locals, count, 3, local, local), np.uint8)
+    for slot, (image, rng) in enumerate(zip(images, rngs, strict=True)):
+        make_crops(image, recipe, rng, out=Crops(globals_VB3HW[:, slot], locals_VB3HW[:, slot]))
+    return Batch(
+        torch.from_numpy(globals_VB3HW.reshape(-1, 3, size, size)),
+        torch.from_numpy(locals_VB3HW.reshape(-1, 3, local, local)),
+        masks,
+        count,
+    )
+
+
+def _drawn(
+    images: Iterable[Pixels], rngs: list[np.random.Generator], recipe: CropRecipe, masks: Masks | None
+) -> Uncropped:
+    """What is needed to make the same crops elsewhere."""
+    held = list(images)
+    parameters = [
+        draw_parameters(image.shape[0], image.shape[1], recipe, rng)
+        for image, rng in zip(held, rngs, strict=True)
+    ]
+    sizes = (recipe.global_size, recipe.local_size)
+    return Uncropped.of(held, parameters, sizes, recipe.num_globals, masks)
 
 
 def start_worker(_: int) -> None:
@@ -142,8 +179,9 @@ def batches(
         raise UserError(f"run.batch_size {run.batch_size} does not divide by {parallel.world} ranks")
     order = ShuffledOrder(len(source), run.seed, block_starts=source.block_starts, window=source.window)
     workers = choose_workers(parallel) if run.workers < 0 else run.workers
+    masks = partial(_masks_at, recipe, parallel.rank, parallel.world)
     loader = DataLoader(
-        CropDataset(source, recipe.crops, order, run.seed),
+        CropDataset(source, recipe.crops, order, run.seed, masks, run.crops_on == "device"),
         batch_sampler=_Positions(start, run.steps, run.batch_size, parallel.rank, parallel.world),
         num_workers=workers,
         collate_fn=_same,
@@ -151,31 +189,39 @@ def batches(
         pin_memory=parallel.device.type == "cuda",
         worker_init_fn=start_worker,
     )
-    local = run.batch_size // parallel.world
     for step, crops in enumerate(loader, start):
         for key, reason in crops.bad:
             report.add(key, reason)
-        masks = step_masks(recipe, step, parallel.rank, parallel.world)
-        batch = Batch(crops.globals_VB3HW, crops.locals_VB3HW, masks, local)
-        yield step, batch.to(parallel.device)
+        yield step, crops.batch.to(parallel.device)
 
 
-def step_masks(recipe: Recipe, step: int, rank: int, world: int) -> Tensor | None:
-    """This rank's masks of a step: bool (2B, N), or None without iBOT; of a frozen teacher every patch is compared.
+def step_masks(recipe: Recipe, step: int, rank: int, world: int) -> Masks | None:
+    """This rank's masks of a step, or None without iBOT; of a frozen teacher every patch is compared.
 
     They are drawn for the whole global batch, so that they do not depend on the number of ranks.
     """
     loss, side = recipe.loss, recipe.crops.global_size // recipe.model.patch_size
     if loss.ibot == 0:
         return None
-    if recipe.teacher.model:
-        return torch.ones(2 * recipe.run.batch_size // world, side * side, dtype=torch.bool)
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([recipe.run.seed, step, 1])))
     size = recipe.run.batch_size
-    masks = block_masks(2 * size, (side, side), loss.mask_probability, loss.mask_ratio, rng)
     local = size // world
-    mine = masks.reshape(2, size, -1)[:, rank * local : (rank + 1) * local]
-    return torch.from_numpy(np.ascontiguousarray(mine.reshape(2 * local, -1)))
+    if recipe.teacher.model:
+        return Masks.of(torch.ones(2 * local, side * side, dtype=torch.bool))
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([recipe.run.seed, step, 1])))
+    mine = np.arange(rank * local, (rank + 1) * local)
+    masks = block_masks(
+        2 * size,
+        (side, side),
+        loss.mask_probability,
+        loss.mask_ratio,
+        rng,
+        np.concatenate((mine, size + mine)),
+    )
+    return Masks.of(torch.from_numpy(masks))
+
+
+def _masks_at(recipe: Recipe, rank: int, world: int, position: int) -> Masks | None:
+    return step_masks(recipe, position // recipe.run.batch_size, rank, world)
 
 
 def _same(batch: Any) -> Any:

@@ -18,7 +18,7 @@ from unlabeled.errors import UserError
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
 from unlabeled.metrics import Metrics
-from unlabeled.pretrain import checkpoint
+from unlabeled.pretrain.checkpoint import Checkpoints, all_checkpoints, export, full_teacher, load
 from unlabeled.pretrain.data import batches
 from unlabeled.pretrain.frozen_teacher import frozen_teacher
 from unlabeled.pretrain.health import CollapseWatch, figures
@@ -28,14 +28,13 @@ from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.plan import Plan, begun_by_this_job, prepared, resumed
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.recipes import read_recipe
+from unlabeled.pretrain.rows import Rows
 from unlabeled.pretrain.schedules import values_at
 from unlabeled.pretrain.start import begin, heads_fit
 from unlabeled.progress import Progress
 from unlabeled.signals import StoppedBySignal, noted_signals
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model
-
-MAX_SKIPPED = 10  # steps in a row whose loss is not finite before a run stops
 
 Evaluation = Callable[[VisionTransformer], dict[str, float]]
 
@@ -162,18 +161,19 @@ def distill(
 
 def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console: Console) -> Run:
     folder, recipe, run = plan.folder, plan.recipe, plan.recipe.run
-    saved = checkpoint.all_checkpoints(folder / "checkpoints")
+    saved = all_checkpoints(folder / "checkpoints")
     torch.manual_seed(run.seed)
     method = make_method(plan, parallel)
     optimizer = make_optimizer(method)
-    start = checkpoint.load(saved[-1], method, optimizer) if saved else 0
+    start = load(saved[-1], method, optimizer) if saved else 0
     metrics = Metrics(folder, start, writes=parallel.rank == 0)
     report = BadFiles(folder / "bad_files.jsonl")
-    watch, skipped, begun = CollapseWatch(recipe.head.num_prototypes), 0, time.perf_counter()
+    watch, begun = CollapseWatch(recipe.head.num_prototypes), time.perf_counter()
     with (
         noted_signals() as received,
         Progress(console, "pretraining", "step", start, run.steps) as progress,
         metrics,
+        Checkpoints(folder, method, optimizer, run.keep_checkpoints) as checkpoints,
     ):
         if start:
             progress.say(f"resumed from step {start}")
@@ -181,54 +181,52 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
         if begun_with:
             progress.say(f"before: {_said(begun_with)}")
         if start >= run.steps:  # killed between its last checkpoint and its model
-            checkpoint.export(method, folder / "model")
+            teacher = full_teacher(method)
+            if parallel.rank == 0:
+                export(teacher, folder / "model")
+        rows = Rows(metrics, progress, parallel.device, run.batch_size, folder / "checkpoints")
         waited_since = time.perf_counter()
         for step, batch in batches(plan.source, recipe, parallel, start, report):
-            waited, begun_step = time.perf_counter() - waited_since, time.perf_counter()
-            done = step + 1
+            waited, done = time.perf_counter() - waited_since, step + 1
             values = values_at(recipe, step)
             apply_schedule(optimizer, values)
             torch.manual_seed(step_seed(run.seed, step, parallel.rank))
             result = method.train_step(batch, optimizer, values)
-            finite, targets, cls = (result.pop(name) for name in ("finite", "targets", "teacher_cls"))
-            row = {"step": step} | {name: value.item() for name, value in result.items()} | values._asdict()
-            spent = time.perf_counter() - begun_step
-            row["images_per_second"] = run.batch_size / (spent + waited)
-            row["data_wait"] = waited / (spent + waited)
-            skipped = 0 if finite else skipped + 1
-            if skipped:
-                row["skipped"] = 1.0
-                progress.say(f"step {step}: the loss or a gradient is not finite; the step is skipped")
-            if skipped == MAX_SKIPPED:
-                metrics.add(row)
-                raise UserError(
-                    f"{MAX_SKIPPED} steps in a row had a non-finite loss (last: {step}); the last checkpoint in "
-                    f"{folder / 'checkpoints'} is good. Try a lower optimizer.lr, or run.precision float32"
-                )
+            targets, cls = result.pop("targets"), result.pop("teacher_cls")
+            row: dict[str, Any] = {"step": step} | values._asdict()
+            rows.begin(row, result, waited)
+
+            stopping = parallel.any(bool(received))
+            is_last = done == run.steps
+            examined = step % run.health_every == 0 or is_last
+            evaluated = evaluate is not None and (done % run.eval_every == 0 or is_last)
+            saved_now = done % run.checkpoint_every == 0 or is_last or stopping
+            if examined or evaluated or saved_now:
+                rows.settle()
             if step == start:
                 row |= {f"{name}_before": value for name, value in begun_with.items()}
-            if step % run.health_every == 0 or done == run.steps:
+            if examined:
                 if method.frozen_teacher:
                     cls = method.teacher_cls(batch)
                 row |= figures(targets, cls, parallel)
                 if step > run.steps // 10:
                     for warning in watch.check(row):
                         progress.say(f"step {step}: {warning}")
-            if evaluate and (done % run.eval_every == 0 or done == run.steps):
+            if evaluate and evaluated:
                 found = _evaluated(method, evaluate)
                 progress.say(f"step {done}: {_said(found)}")
                 row |= found
-            metrics.add(row)
-            progress.update(done, f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")
-            stopping = parallel.any(bool(received))
-            if done % run.checkpoint_every == 0 or done == run.steps or stopping:
+            rows.end(written=examined or evaluated or saved_now)
+            if saved_now:
                 metrics.flush()
-                checkpoint.save(folder / "checkpoints", method, optimizer, done, run.keep_checkpoints)
-                checkpoint.export(method, folder / "model")
-            if stopping and done < run.steps:
+                checkpoints.save(done)
+            checkpoints.check()
+            if stopping and not is_last:
                 number = received[0] if received else signal.SIGTERM
                 again = f"unlabeled pretrain --resume {folder}"
+                checkpoints.wait()
                 raise StoppedBySignal(number, f"stopped after step {done}; go on with: {again}")
+            rows.go_on()
             waited_since = time.perf_counter()
     if report.count:
         console.print(
@@ -274,7 +272,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def _evaluated(method: SelfDistillation, evaluate: Evaluation) -> dict[str, float]:
     """Rank 0 evaluates while the others wait."""
-    network = checkpoint.full_teacher(method)
+    network = full_teacher(method)
     result = {}
     if method.parallel.rank == 0:
         with torch.no_grad():

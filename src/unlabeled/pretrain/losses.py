@@ -13,16 +13,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from unlabeled.pretrain.targets import Assignment
+
 CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once
 
 
 def prototype_cross_entropy(
-    bottleneck_NC: Tensor, prototypes_KC: Tensor, targets_NK: Tensor, weights_N: Tensor, temperature: float
+    bottleneck_NC: Tensor,
+    prototypes_KC: Tensor,
+    targets_NK: Tensor | Assignment,
+    weights_N: Tensor,
+    temperature: float,
 ) -> Tensor:
     """sum_n weights_n * -(sum_k targets_nk * log softmax_k(bottleneck_n . prototypes_k / temperature)).
 
     The logits are made, used and dropped a chunk of rows at a time, gradients included: beside the targets nothing
-    of size (N, K) ever exists.
+    of size (N, K) ever exists; of an Assignment, the targets neither.
 
     Args:
         bottleneck_NC: normalised rows, in the compute dtype; the matrix products are done in it.
@@ -42,7 +48,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         context: Any,
         rows_NC: Tensor,
         prototypes_KC: Tensor,
-        targets_NK: Tensor,
+        targets_NK: Tensor | Assignment,
         weights_N: Tensor,
         temperature: float,
     ) -> Tensor:
@@ -128,7 +134,7 @@ def dino_loss_global(
 def ibot_loss(
     bottleneck_MC: Tensor,
     prototypes_KC: Tensor,
-    targets_MK: Tensor,
+    targets_MK: Tensor | Assignment,
     weights_M: Tensor,
     num_crops: int,
     temperature: float,

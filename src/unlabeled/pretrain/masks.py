@@ -18,6 +18,7 @@ def block_masks(
     probability: float,
     ratio: tuple[float, float],
     rng: np.random.Generator,
+    wanted: NDArray[np.int64] | None = None,
 ) -> NDArray[np.bool_]:
     """Masks of a batch of crops, each a union of random rectangles.
 
@@ -30,19 +31,27 @@ def block_masks(
         probability: share of crops masked.
         ratio: (low, high) share of patches masked in such a crop.
         rng: of everything random here.
+        wanted: the crops whose masks are made, all if None: a rank spends no time on the others', and gets for its own
+            what they are in the whole batch.
 
     Returns:
-        (num_crops, h * w) bool; a masked crop has at least one patch masked, and no more than its share asks for
+        (len(wanted), h * w) bool; a masked crop has at least one patch masked, and no more than its share asks for
         (but for that one).
     """
     height, width = grid
-    masks = np.zeros((num_crops, height * width), bool)
     num_masked = int(num_crops * probability)
     edges = np.linspace(*ratio, num_masked + 1)
     shares = rng.uniform(edges[:-1], edges[1:])
-    for mask, share in zip(masks, shares, strict=False):
-        mask[:] = rectangle_mask(grid, max(1, int(share * height * width)), rng).ravel()
-    return rng.permutation(masks)
+    seeds = rng.integers(2**63, size=num_masked)
+    numbers = rng.permutation(num_crops)  # of each crop's mask; from num_masked on there is none
+    if wanted is not None:
+        numbers = numbers[wanted]
+    masks = np.zeros((len(numbers), height * width), bool)
+    for mask, number in zip(masks, numbers, strict=True):
+        if number < num_masked:
+            own = np.random.Generator(np.random.PCG64(int(seeds[number])))
+            mask[:] = rectangle_mask(grid, max(1, int(shares[number] * height * width)), own).ravel()
+    return masks
 
 
 def rectangle_mask(grid: tuple[int, int], target: int, rng: np.random.Generator) -> NDArray[np.bool_]:

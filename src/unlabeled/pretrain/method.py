@@ -8,57 +8,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from unlabeled.images.transform import normalize
+from unlabeled.pretrain.batch import Batch, parts
 from unlabeled.pretrain.head import ProjectionHead
 from unlabeled.pretrain.losses import dino_loss_global, dino_loss_local, ibot_loss, koleo_loss
-from unlabeled.pretrain.optimizer import clip_gradients, update_teacher
+from unlabeled.pretrain.optimizer import clip_gradients, guarded_update
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.positions import sine_positions
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.schedules import StepValues
-from unlabeled.pretrain.targets import Center, sinkhorn_knopp, softmax_center
+from unlabeled.pretrain.targets import Assignment, Center, prototype_logits, sinkhorn_knopp, softmax_center
 from unlabeled.vit import VisionTransformer
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The crops of one step on one rank.
-
-    Attributes:
-        globals_VB3HW: uint8 (2B, 3, S, S), view-major.
-        locals_VB3HW: uint8 (LB, 3, s, s), view-major; L may be 0.
-        masks_VBN: bool (2B, N), the patches of the global crops that iBOT compares, which the student does not see
-            (of a frozen teacher it sees them); or None.
-        num_images: B.
-    """
-
-    globals_VB3HW: Tensor
-    locals_VB3HW: Tensor
-    masks_VBN: Tensor | None
-    num_images: int
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        masks = None if self.masks_VBN is None else self.masks_VBN.to(device, non_blocking=True)
-        return Batch(
-            self.globals_VB3HW.to(device, non_blocking=True),
-            self.locals_VB3HW.to(device, non_blocking=True),
-            masks,
-            self.num_images,
-        )
 
 
 class Targets(NamedTuple):
     """What the teacher says: the student's targets, and the features they came from."""
 
     dino_VBK: Tensor  # probabilities, one row a global crop
-    ibot_MK: Tensor | None  # probabilities, one row a masked patch, in the order of the masks
+    ibot_MK: Assignment | None  # the same, one row a masked patch, in the order of the masks
     cls_VBD: Tensor  # CLS tokens of the teacher's backbone, for the health figures
 
 
@@ -112,6 +84,17 @@ class Network(nn.Module):
         )
 
 
+def compile_blocks(*networks: Network, backend: str = "inductor") -> None:
+    """Compile the transformer blocks: one graph for all blocks of the same kind, crops and mode, whatever the masks.
+
+    The number of masked patches changes from step to step, and what depends on it is outside the blocks; so are the
+    ranks' hooks, which sit on the modules. A graph break is an error.
+    """
+    for network in networks:
+        for block in network.backbone.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+
+
 class SelfDistillation(nn.Module):
     """Student, teacher and centres, and the step that trains them (DINOv2 section 4).
 
@@ -145,17 +128,19 @@ class SelfDistillation(nn.Module):
         self.dino_center = Center(recipe.head.num_prototypes, recipe.loss.center_momentum)
         self.ibot_center = Center(recipe.num_ibot_prototypes(), recipe.loss.center_momentum)
         self.to(self.parallel.device)
-        self.student, self.teacher = self.parallel.wrap(self.student, self.teacher, recipe.run.sharding)
         if recipe.run.compile:
-            self.student.compile()
-            self.teacher.compile()
+            compile_blocks(self.student, self.teacher)
+        self.student, self.teacher = self.parallel.wrap(
+            self.student, self.teacher, recipe.run.sharding, recipe.run.reduce
+        )
 
     def train_step(
         self, batch: Batch, optimizer: torch.optim.Optimizer, values: StepValues
     ) -> dict[str, Tensor]:
         """One step: targets, losses, gradients, optimizer, EMA.
 
-        A step whose loss or gradient is not finite on any rank leaves everything as it was.
+        A step whose loss or gradient is not finite on any rank leaves everything as it was. Nothing here waits for
+        the device: what is to be decided is decided there, and shapes are known to the host beforehand.
 
         Args:
             batch: this rank's crops, on the device.
@@ -174,27 +159,32 @@ class SelfDistillation(nn.Module):
         norms = clip_gradients(self.submodules(), self.recipe.optimizer.clip)
         scalars = self.parallel.mean(losses | {f"gradient_{name}": norm for name, norm in norms.items()})
         finite = torch.stack(list(scalars.values())).isfinite().all()
-        if finite:
-            optimizer.step()
-            update_teacher(self.teacher, self.student, values.teacher_momentum)
-        else:
-            for center, value in zip(centers, before, strict=True):
-                center.copy_(value)
+        guarded_update(optimizer, self.teacher, self.student, values.teacher_momentum, finite)
+        for center, value in zip(centers, before, strict=True):
+            center.copy_(torch.where(finite, center, value))
         return scalars | {"finite": finite, "targets": targets.dino_VBK, "teacher_cls": targets.cls_VBD}
 
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, temperature: float) -> Targets:
         """The teacher's view of the unmasked global crops, as probabilities over prototypes."""
-        patches = None if batch.masks_VBN is None else batch.masks_VBN.flatten().nonzero().squeeze(1)
+        patches = batch.masks and batch.masks.patches_M
         with self.parallel.autocast(self.recipe.run.precision):
             teacher = self.frozen_teacher or self.teacher
             seen = teacher(batch.globals_VB3HW, patches=patches)
-            dino_logits = seen.dino @ seen.prototypes.to(seen.dino.dtype).T
-            dino = self._probabilities(dino_logits, self.dino_center, temperature)
+            loss, dino_logits_VBK = self.recipe.loss, prototype_logits(seen.dino, seen.prototypes)
+            if loss.targets == "sinkhorn":
+                dino_VBK = sinkhorn_knopp(dino_logits_VBK, temperature, loss.sinkhorn_iterations)
+            else:
+                dino_VBK = softmax_center(dino_logits_VBK, self.dino_center.center, temperature)
+                self.dino_center.update(dino_logits_VBK)  # this batch moves the next batch's centre
             if patches is None:
-                return Targets(dino, None, seen.cls)
-            ibot_logits = seen.ibot @ seen.ibot_prototypes.to(seen.ibot.dtype).T
-            return Targets(dino, self._probabilities(ibot_logits, self.ibot_center, temperature), seen.cls)
+                return Targets(dino_VBK, None, seen.cls)
+            said = (seen.ibot, seen.ibot_prototypes, temperature)
+            if loss.targets == "sinkhorn":
+                ibot_MK = Assignment.by_sinkhorn(*said, loss.sinkhorn_iterations)
+            else:
+                ibot_MK = Assignment.by_center(*said, self.ibot_center)
+            return Targets(dino_VBK, ibot_MK, seen.cls)
 
     @torch.no_grad()
     def teacher_cls(self, batch: Batch) -> Tensor:
@@ -202,13 +192,6 @@ class SelfDistillation(nn.Module):
         with self.parallel.autocast(self.recipe.run.precision):
             seen: Outputs = self.teacher(batch.globals_VB3HW)
         return seen.cls
-
-    def _probabilities(self, logits_NK: Tensor, center: Center, temperature: float) -> Tensor:
-        if self.recipe.loss.targets == "sinkhorn":
-            return sinkhorn_knopp(logits_NK, temperature, self.recipe.loss.sinkhorn_iterations)
-        probabilities_NK = softmax_center(logits_NK, center.center, temperature)
-        center.update(logits_NK)  # this batch moves the next batch's centre
-        return probabilities_NK
 
     def backward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Losses of the student and their gradients.
@@ -221,34 +204,33 @@ class SelfDistillation(nn.Module):
         num_images, num_locals = batch.num_images, recipe.crops.num_locals
         num_pairs = 2 + 2 * num_locals
         targets_VBK = targets.dino_VBK.unflatten(0, (2, num_images))
-        parts = list(_parts(batch, targets, recipe.run.accumulation))
-        for index, part in enumerate(parts):
-            chosen = targets_VBK[:, part.images]
-            temperature = recipe.loss.student_temperature
+        temperature = recipe.loss.student_temperature
+        for part in parts(batch, recipe.run.accumulation):
+            crops, chosen = part.batch, targets_VBK[:, part.images]
             if num_locals:
                 with self.parallel.no_sync(self.student), self._forward():
-                    local = self.student(part.locals_VB3HW)
+                    local = self.student(crops.locals_VB3HW)
                     loss = dino_loss_local(
                         local.dino, local.prototypes, chosen, temperature, num_pairs, num_images
                     )
                 (recipe.loss.dino * loss).backward()
                 _add(total, "dino", loss)
-            last = index == len(parts) - 1
-            with contextlib.nullcontext() if last else self.parallel.no_sync(self.student):
+            is_last = part.images.stop == num_images
+            with contextlib.nullcontext() if is_last else self.parallel.no_sync(self.student):
                 with self._forward():
-                    hidden = None if self.frozen_teacher else part.masks_VBN
-                    seen = self.student(part.globals_VB3HW, hidden, part.patches)
+                    hidden = None if self.frozen_teacher else crops.masks and crops.masks.hidden_VBN
+                    seen = self.student(crops.globals_VB3HW, hidden, crops.masks and crops.masks.patches_M)
                     dino = dino_loss_global(
                         seen.dino, seen.prototypes, chosen, temperature, num_pairs, num_images
                     )
-                    koleo = self._koleo(seen.cls, len(part.images) / num_images)
+                    koleo = self._koleo(seen.cls, crops.num_images / num_images)
                     loss = recipe.loss.dino * dino + recipe.loss.koleo * koleo
-                    if part.weights_M is not None and part.ibot_MK is not None:
+                    if crops.masks and targets.ibot_MK is not None:
                         ibot = ibot_loss(
                             seen.ibot,
                             seen.ibot_prototypes,
-                            part.ibot_MK,
-                            part.weights_M,
+                            targets.ibot_MK.of(part.of_masked),
+                            crops.masks.weights_M,
                             2 * num_images,
                             temperature,
                         )
@@ -280,54 +262,6 @@ class SelfDistillation(nn.Module):
     def teacher_backbone(self) -> VisionTransformer:
         """The backbone that a run is for; sharded under FSDP."""
         return cast(VisionTransformer, self.parallel.unwrap(self.teacher).backbone)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A slice of a batch: some images, all their crops."""
-
-    images: Tensor  # indices into the batch
-    globals_VB3HW: Tensor
-    locals_VB3HW: Tensor
-    masks_VBN: Tensor | None
-    patches: Tensor | None
-    ibot_MK: Tensor | None
-    weights_M: Tensor | None
-
-
-def _parts(batch: Batch, targets: Targets, num_parts: int) -> Iterator[_Part]:
-    device, num_images = batch.globals_VB3HW.device, batch.num_images
-    order_M = _masked_crop(batch.masks_VBN)
-    for images in torch.arange(num_images, device=device).tensor_split(min(num_parts, num_images)):
-        num_locals = len(batch.locals_VB3HW) // num_images
-        rows = _rows(images, num_images, 2)
-        local_rows = _rows(images, num_images, num_locals)
-        if batch.masks_VBN is None or order_M is None or targets.ibot_MK is None:
-            yield _Part(
-                images, batch.globals_VB3HW[rows], batch.locals_VB3HW[local_rows], None, None, None, None
-            )
-            continue
-        masks = batch.masks_VBN[rows]
-        kept = slice(None) if num_parts == 1 else torch.isin(order_M, rows).nonzero().squeeze(1)
-        per_crop = masks.sum(1).float()
-        yield _Part(
-            images,
-            batch.globals_VB3HW[rows],
-            batch.locals_VB3HW[local_rows],
-            masks,
-            masks.flatten().nonzero().squeeze(1),
-            targets.ibot_MK[kept],
-            per_crop.reciprocal()[_masked_crop(masks)],
-        )
-
-
-def _rows(images: Tensor, num_images: int, num_views: int) -> Tensor:
-    views = torch.arange(num_views, device=images.device)
-    return (views[:, None] * num_images + images[None]).flatten()
-
-
-def _masked_crop(masks_VBN: Tensor | None) -> Tensor | None:
-    return None if masks_VBN is None else masks_VBN.nonzero()[:, 0]
 
 
 def _add(total: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -69,12 +69,44 @@ def clip_gradients(submodules: dict[str, nn.Module], max_norm: float) -> dict[st
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, in one pass over all parameters.
+def guarded_update(
+    optimizer: torch.optim.Optimizer, teacher: nn.Module, student: nn.Module, momentum: float, finite: Tensor
+) -> None:
+    """One step of the optimizer, then the teacher's, if `finite`; else all stays as it was, to the last bit.
 
-    Both are sharded alike, if at all: each rank moves its own shards.
+    The device decides, so the host need not wait for it. Under FSDP both networks are sharded alike, and each rank
+    moves its own shards.
+
+    Args:
+        optimizer: over the student's parameters, gradients in place.
+        teacher: teacher <- momentum * teacher + (1 - momentum) * student.
+        student: as the optimizer leaves it.
+        momentum: of the teacher.
+        finite: bool, a scalar on the device, the same on every rank.
     """
-    torch._foreach_lerp_(_local(teacher.parameters()), _local(student.parameters()), 1 - momentum)
+    teacher_weights, student_weights = _local(teacher.parameters()), _local(student.parameters())
+    if not optimizer.defaults["fused"]:  # no kernel there can be told to leave everything as it is
+        if finite:
+            optimizer.step()
+            torch._foreach_lerp_(teacher_weights, student_weights, 1 - momentum)
+        return
+    skipped = (~finite).to(torch.float32)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
+    optimizer.step()
+    # teacher - (1 - momentum) * (teacher - student): a step of SGD, whose kernel also takes a flag and is one pass.
+    torch._fused_sgd_(
+        teacher_weights,
+        student_weights,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=1 - momentum,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=skipped,
+    )
 
 
 def _local(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -42,7 +43,8 @@ class Parallel:
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
                 # torchrun's store outlives ranks that it starts again, who would find each other's old addresses.
                 store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # type: ignore[attr-defined]
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            # What hosts say to each other, they say by gloo: no device is waited for.
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         return Parallel(chosen, dist.get_rank(), dist.get_world_size())
 
@@ -56,16 +58,29 @@ class Parallel:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def wrap(self, student: nn.Module, teacher: nn.Module, sharding: str) -> tuple[nn.Module, nn.Module]:
-        """Student and teacher as the ranks share them: "ddp" copies, "fsdp" shards (FSDP2)."""
+    def wrap(
+        self, student: nn.Module, teacher: nn.Module, sharding: str, reduce: str = "float32"
+    ) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher as the ranks share them.
+
+        Args:
+            student: gets gradients.
+            teacher: gets none.
+            sharding: "ddp" copies, "fsdp" shards (FSDP2).
+            reduce: what "fsdp" sums the gradients of the blocks in; those of the rest are summed in float32.
+        """
         if not self.distributed:
             return student, teacher
         if sharding == "fsdp":
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce == "bf16" else None)
             for network in (student, teacher):
-                for block in cast(Any, network).backbone.blocks:
-                    fully_shard(block)
+                blocks = cast(Any, network).backbone.blocks
+                for block in blocks:
+                    fully_shard(block, mp_policy=policy)
+                for block, after in pairwise(blocks):  # asked for while this one computes
+                    block.set_modules_to_forward_prefetch([after])
             fully_shard(student)
             # No backward pass of the teacher's would shard its root again before the EMA.
             fully_shard(teacher, reshard_after_forward=True)
@@ -83,16 +98,15 @@ class Parallel:
 
     @contextlib.contextmanager
     def no_sync(self, network: nn.Module) -> Iterator[None]:
-        """Gradients of this pass stay on the rank until a later pass shares the sum."""
-        if isinstance(network, nn.parallel.DistributedDataParallel):
-            with network.no_sync():
-                yield
-        elif self.distributed and hasattr(network, "set_requires_gradient_sync"):
-            sharded = cast(Any, network)
-            sharded.set_requires_gradient_sync(False)
-            yield
-            sharded.set_requires_gradient_sync(True)
-        else:
+        """Gradients of this pass stay on the rank until a later pass shares the sum.
+
+        Shards are summed up after every pass: a gradient that waits would be a whole one, on each rank.
+        """
+        with (
+            network.no_sync()
+            if isinstance(network, nn.parallel.DistributedDataParallel)
+            else contextlib.nullcontext()
+        ):
             yield
 
     def autocast(self, precision: str) -> torch.autocast:
@@ -109,10 +123,10 @@ class Parallel:
         return dict(zip(scalars, values.unbind(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether any rank says so; asked and answered by the hosts, whatever their devices are at."""
         if not self.distributed:
             return flag
-        value = torch.tensor(float(flag), device=self.device)
+        value = torch.tensor(float(flag))
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 

@@ -112,13 +112,15 @@ class RunRecipe:
     seed: int = 0  # of everything random
     precision: Literal["auto", "bf16", "float32"] = "auto"  # compute; auto: bf16 where the device has it
     sharding: Literal["ddp", "fsdp"] = "ddp"  # of parameters over ranks
-    compile: bool = False  # torch.compile student and teacher backbones
+    reduce: Literal["float32", "bf16"] = "float32"  # what fsdp sums gradients of the blocks over ranks in
+    compile: bool = False  # torch.compile the blocks of student and teacher
     checkpoint_blocks: bool = False  # recompute activations of the blocks in the backward pass
     checkpoint_every: int = 0  # steps; 0: a twentieth of the run
     keep_checkpoints: int = 2  # how many of the latest are kept
     health_every: int = 0  # steps between the dearer figures; 0: a hundredth of the run
     eval_every: int = 0  # steps between k-NN evaluations; 0: a tenth of the run
     workers: int = -1  # processes that make crops, a rank; -1: chosen from the cores; 0: none
+    crops_on: Literal["cpu", "device"] = "cpu"  # device: the workers only decode, and it makes the same crops
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,11 @@ def check(recipe: Recipe, where: str) -> None:
     need(0 <= model.drop_path < 1, "model.drop_path", f"is {model.drop_path}, and must lie in [0, 1)")
     need(run.steps >= 1, "run.steps", f"is {run.steps}, and must be at least 1")
     need(run.batch_size >= 1, "run.batch_size", f"is {run.batch_size}, and must be at least 1")
+    need(
+        run.reduce == "float32" or run.sharding == "fsdp",
+        "run.reduce",
+        "is bf16, and run.sharding ddp sums in float32; fsdp can do it",
+    )
     need(run.accumulation >= 1, "run.accumulation", f"is {run.accumulation}, and must be at least 1")
     need(
         crops.num_globals == 2, "crops.num_globals", f"is {crops.num_globals}; the method has 2 global crops"

@@ -1,10 +1,12 @@
 """The teacher's targets: from its logits to probabilities, by centering or by Sinkhorn-Knopp.
 
-Shape suffixes: N samples, K prototypes.
+Shape suffixes: N samples, K prototypes, C bottleneck.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +32,17 @@ class Center(nn.Module):
     @torch.no_grad()
     def update(self, logits_NK: Tensor) -> None:
         """Move towards the mean over the rows of all ranks, which may hold different numbers of them."""
-        total_K, count = logits_NK.float().sum(0), logits_NK.new_tensor(len(logits_NK), dtype=torch.float32)
+        total_K, count = logits_NK.float().sum(0), _number(len(logits_NK), logits_NK)
         _all_reduce(total_K)
         _all_reduce(count)
-        if count > 0:
-            self.center.lerp_(total_K / count, 1 - self.momentum)
+        moved_K = self.center.lerp(total_K / count.clamp_min(1), 1 - self.momentum)
+        self.center.copy_(torch.where(count > 0, moved_K, self.center))
+
+
+def prototype_logits(tokens_NC: Tensor, prototypes_KC: Tensor) -> Tensor:
+    """(N, K) cosines in the dtype of the tokens."""
+    with torch.autocast(tokens_NC.device.type, enabled=False):
+        return tokens_NC @ prototypes_KC.to(tokens_NC.dtype).T
 
 
 @torch.no_grad()
@@ -53,12 +61,20 @@ def sinkhorn_knopp(logits_NK: Tensor, temperature: float, num_iterations: int = 
     Returns:
         (N, K) float32, rows that sum to 1.
     """
+    exponential_NK, _, prototype_scale_K, sample_scale_N = _sinkhorn(logits_NK, temperature, num_iterations)
+    return exponential_NK.mul_(prototype_scale_K).mul_(sample_scale_N[:, None])
+
+
+def _sinkhorn(
+    logits_NK: Tensor, temperature: float, num_iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp(scaled - highest), highest (N), and the scales of prototypes (K) and samples (N) that make it Q."""
     scaled_NK = logits_NK.float() / temperature
     num_samples, num_prototypes = scaled_NK.shape
     row_max_N = scaled_NK.amax(1)
     highest = row_max_N.amax() if num_samples else scaled_NK.new_full((), -torch.inf)
     _all_reduce(highest, dist.ReduceOp.MAX)
-    count = scaled_NK.new_tensor(float(num_samples))
+    count = _number(num_samples, scaled_NK)
     _all_reduce(count)
     exponential_NK = scaled_NK.sub_(row_max_N[:, None]).exp_()
     sample_scale_N = (row_max_N - highest).exp()
@@ -68,7 +84,75 @@ def sinkhorn_knopp(logits_NK: Tensor, temperature: float, num_iterations: int = 
         # A prototype that no sample reaches in float32 keeps a finite scale.
         prototype_scale_K = (sums_K * num_prototypes).clamp_min(1e-30).reciprocal()
         sample_scale_N = (exponential_NK @ prototype_scale_K * count).reciprocal()
-    return exponential_NK.mul_(prototype_scale_K).mul_((sample_scale_N * count)[:, None])
+    return exponential_NK, row_max_N, prototype_scale_K, sample_scale_N * count
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Targets of many samples that are made when they are wanted, some rows at a time, and never all at once.
+
+    Row n is exp((tokens_n . prototypes - center) / temperature - highest_n) * prototype_scale * sample_scale_n.
+    """
+
+    tokens_NC: Tensor
+    prototypes_KC: Tensor
+    temperature: float
+    center_K: Tensor | None
+    highest_N: Tensor
+    prototype_scale_K: Tensor | None
+    sample_scale_N: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def by_sinkhorn(
+        tokens_NC: Tensor, prototypes_KC: Tensor, temperature: float, num_iterations: int
+    ) -> Assignment:
+        """What sinkhorn_knopp makes of the tokens' logits."""
+        logits_NK = prototype_logits(tokens_NC, prototypes_KC)
+        _, highest_N, prototype_scale_K, sample_scale_N = _sinkhorn(logits_NK, temperature, num_iterations)
+        return Assignment(
+            tokens_NC, prototypes_KC, temperature, None, highest_N, prototype_scale_K, sample_scale_N
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def by_center(tokens_NC: Tensor, prototypes_KC: Tensor, temperature: float, center: Center) -> Assignment:
+        """What softmax_center makes of the tokens' logits; they move the next batch's centre."""
+        logits_NK, center_K = prototype_logits(tokens_NC, prototypes_KC), center.center.clone()
+        center.update(logits_NK)
+        scaled_NK = (logits_NK.float() - center_K).div_(temperature)
+        highest_N = scaled_NK.amax(1)
+        sums_N = scaled_NK.sub_(highest_N[:, None]).exp_().sum(1)
+        return Assignment(
+            tokens_NC, prototypes_KC, temperature, center_K, highest_N, None, sums_N.reciprocal()
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens_NC)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """(n, K) float32, rows that sum to 1."""
+        logits_nK = prototype_logits(self.tokens_NC[part], self.prototypes_KC).float()
+        if self.center_K is not None:
+            logits_nK = logits_nK.sub_(self.center_K)
+        rows_nK = logits_nK.div_(self.temperature).sub_(self.highest_N[part, None]).exp_()
+        if self.prototype_scale_K is not None:
+            rows_nK = rows_nK.mul_(self.prototype_scale_K)
+        return rows_nK.mul_(self.sample_scale_N[part, None])
+
+    def of(self, pick: Callable[[Tensor], Tensor]) -> Assignment:
+        """That of some of the samples, which `pick` takes out of anything that has a row for each."""
+        return replace(
+            self,
+            tokens_NC=pick(self.tokens_NC),
+            highest_N=pick(self.highest_N),
+            sample_scale_N=pick(self.sample_scale_N),
+        )
+
+
+def _number(value: int, like: Tensor) -> Tensor:
+    """A float32 scalar, filled in on the device: a copy from the host would wait for it."""
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _all_reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
