@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unlabeled.evaluate.report import Report
 
 group = typer.Typer(
-    help="How good are the features: the papers' protocols, several models in one table.",
+    help="How good features are, by the papers' protocols. Several models come in one table.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -143,7 +143,7 @@ def _knn(
     temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
     features: Features = "cls",
 ) -> dict[str, Any]:
-    """k-NN: the classes of the nearest training images vote, weighed by similarity."""
+    """The classes of the nearest training images vote. They are weighed by similarity."""
     return {"k": _numbers("--k", k), "temperature": temperature, "features": features}
 
 
@@ -153,7 +153,7 @@ def _linear(
     steps: Annotated[int | None, typer.Option(help="Of SGD; 10 passes by default, 500 at least.")] = None,
     batch: Annotated[int, typer.Option(help="Images of a step.")] = 1024,
 ) -> dict[str, Any]:
-    """A linear head: learning rates x {1, 4} layers x with and without mean patch, chosen within train."""
+    """A linear head. Learning rate, {1, 4} layers and mean patch or not are chosen within train."""
     return {"steps": steps, "batch": batch}
 
 
@@ -170,7 +170,7 @@ def _fewshot(
     draws: Annotated[int, typer.Option(help="Of the training images; the accuracy is the mean.")] = 10,
     features: Features = "cls",
 ) -> dict[str, Any]:
-    """Logistic regression on a few training images a class, drawn several times."""
+    """Logistic regression on a few images a class. They are drawn several times."""
     return {"shots": _numbers("--shots", shots), "draws": draws, "features": features}
 
 
@@ -183,7 +183,7 @@ def _retrieval(
     ] = None,
     features: Features = "cls",
 ) -> dict[str, Any]:
-    """mAP and recall of finding images of the same label, or those of a ground truth (easy, medium, hard)."""
+    """mAP and recall of finding images of a kind. Of one label, or of a ground truth (easy, medium, hard)."""
     return {"ground_truth": ground_truth, "features": features}
 
 
@@ -193,7 +193,7 @@ def _segmentation(
     head: Annotated[str, typer.Option(help="linear4 (four blocks) or linear (the last one).")] = "linear4",
     ignore: Annotated[int, typer.Option(help="Label of pixels that do not count.")] = 255,
 ) -> dict[str, Any]:
-    """A head on frozen patch features says the class of every pixel: mIoU, IoU of each class, pixel accuracy."""
+    """The class of every pixel, by a head on frozen features. mIoU, IoU of each class, pixel accuracy."""
     return {"head": head, "ignore": ignore}
 
 
@@ -211,7 +211,7 @@ def _depth(
     depth_scale: Annotated[float, typer.Option(help="What one metre is in an integer depth file.")] = 1000.0,
     channels: Annotated[int, typer.Option(help="Of dpt's maps; the papers' 256 are slow on a CPU.")] = 256,
 ) -> dict[str, Any]:
-    """A head on frozen features says how far every pixel is: RMSE, AbsRel, log10, delta1 to delta3."""
+    """How far every pixel is, by a head on frozen features. RMSE, AbsRel, log10, delta1 to delta3."""
     return {
         "head": head, "max_depth": max_depth, "crop": crop, "align": align, "depth_scale": depth_scale,
         "channels": channels,
@@ -232,7 +232,7 @@ def health_command(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """What features say of their model without labels: rank, spread, dead dimensions, outlier patches."""
+    """What features say of their model without labels. Rank, spread, dead dimensions, outlier patches."""
     from rich.table import Table
 
     from unlabeled.evaluate.health import health
