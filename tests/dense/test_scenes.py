@@ -17,7 +17,19 @@ from unlabeled.dense.scene_data import (
     read_textures,
     write_scenes,
 )
-from unlabeled.dense.scenes import Box, Camera, Plane, Scene, Sphere, Texture, first_hits, look, render
+from unlabeled.dense.scenes import (
+    JOINT,
+    JOINT_DARKNESS,
+    Box,
+    Camera,
+    Plane,
+    Scene,
+    Sphere,
+    Texture,
+    first_hits,
+    look,
+    render,
+)
 from unlabeled.errors import UserError
 
 GREY = Texture(np.full((8, 8, 3), 128, np.uint8), 1.0)
@@ -110,6 +122,19 @@ def test_two_views_of_a_room_agree() -> None:
     assert shared > 1000
 
 
+def test_floors_have_tiles_and_walls_are_paler(photograph: np.ndarray) -> None:
+    for walls in (0.0, 0.25):
+        recipe = SceneRecipe(tile=0.5, walls=walls)
+        scene = random_scene(np.random.default_rng(0), [photograph, photograph], recipe)
+        floor, *others = (surface.texture for surface in scene.surfaces if isinstance(surface, Plane))
+        assert floor.tile == 0.5
+        assert np.array_equal(floor.levels[0], photograph)
+        for texture in others:
+            assert texture.tile == 0
+            expected = photograph.mean((0, 1)) * (1 - walls) + walls * photograph
+            assert np.abs(texture.levels[0] - expected).max() <= 1
+
+
 def test_pixels_and_points_are_inverse() -> None:
     camera = camera_at((1, 2, 1.5), 0.7, -0.2, 0.1)
     rows, columns = np.random.default_rng(0).uniform(0, 24, (2, 50))
@@ -119,6 +144,23 @@ def test_pixels_and_points_are_inverse() -> None:
     np.testing.assert_allclose(z, depth)
     np.testing.assert_allclose(camera.rotation @ camera.rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(camera.rotation) == pytest.approx(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.1, 1.0), st.floats(0.001, 0.09), st.integers(0, 99))
+def test_joints_are_the_share_of_a_pixel_that_they_cover(tile: float, footprint: float, seed: int) -> None:
+    """Against a count of 4,001 points across the pixel, between the joints of the other direction."""
+    points = np.random.default_rng(seed).uniform(-3, 3, 20)
+    across = points[:, None] + np.linspace(-0.5, 0.5, 4001) * footprint
+    counted = (np.abs(across - tile * np.round(across / tile)) <= JOINT / 2).mean(1)
+    middle = np.full_like(points, 2.5 * tile)
+    floor = Texture(np.zeros((4, 4, 3), np.uint8), 1.0, tile)
+    for uv in ((points, middle), (middle, points)):
+        found = floor.joints(np.stack(uv, 1), np.full(20, footprint))
+        np.testing.assert_allclose(found, counted, atol=1e-3)
+    white = Texture(np.full((4, 4, 3), 255, np.uint8), 1.0, tile)
+    colours = white.colours(np.array([[0, middle[0]], [middle[0], middle[0]]]), np.full(2, 1e-3))
+    np.testing.assert_allclose(colours[:, 0], [1 - JOINT_DARKNESS, 1])
 
 
 def test_a_texture_lies_where_it_should(photograph: np.ndarray) -> None:

@@ -20,7 +20,7 @@ def scenes(
     ] = None,
     width: Annotated[int, typer.Option(help="Of the images, in pixels.")] = 256,
     height: Annotated[int, typer.Option(help="Of the images, in pixels.")] = 192,
-    views: Annotated[int, typer.Option(help="Images of one room.")] = 4,
+    views: Annotated[int, typer.Option(help="Images of one room.")] = 1,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; as many as cores by default.")] = None,
     as_json: Json = False,

@@ -39,6 +39,11 @@ class SceneRecipe:
         field_of_view: horizontal; one for all images by default, since one image does not tell it from distance.
         room: range of both sides of the floor. ceiling: range of the height.
         boxes, spheres: least and most of them.
+        tile: side of the floor's tiles, one for all: of lines a known length apart an image says how far they are,
+            which it cannot of photographs of any scale. 0 is a floor without joints.
+        walls: contrast of the photographs on walls and ceiling, in [0, 1]; 0 is paint. Where all surfaces are
+            photographs in full, nothing tells a wall from the floor or from a box.
+        eyes: range of the camera's height. pitch: of its angle, upwards.
         views: images of one room.
     """
 
@@ -48,7 +53,11 @@ class SceneRecipe:
     ceiling: tuple[float, float] = (2.4, 3.4)
     boxes: tuple[int, int] = (3, 8)
     spheres: tuple[int, int] = (1, 4)
-    views: int = 4
+    tile: float = 0.4
+    walls: float = 0.15
+    eyes: tuple[float, float] = (1.4, 1.7)
+    pitch: tuple[float, float] = (-20.0, 0.0)
+    views: int = 1
 
 
 class Written(NamedTuple):
@@ -160,15 +169,20 @@ def random_scene(rng: np.random.Generator, textures: list[NDArray[np.uint8]], re
     def texture(low: float, high: float) -> Texture:
         return Texture(textures[rng.integers(len(textures))], rng.uniform(low, high))
 
+    def painted() -> Texture:
+        pixels = textures[rng.integers(len(textures))]
+        mean = pixels.reshape(-1, 3).mean(0)
+        return Texture((mean + recipe.walls * (pixels - mean)).astype(np.uint8), rng.uniform(1, 4))
+
     width, depth = rng.uniform(*recipe.room, 2)
     height = rng.uniform(*recipe.ceiling)
     x, y, z = np.eye(3)
     zero, far = np.zeros(3), np.array([width, depth, height])
     surfaces: list[Surface] = [
-        Plane(zero, x, y, texture(1, 4)),
-        Plane(far, x, y, texture(1, 4)),
-        *(Plane(corner, x, z, texture(1, 4)) for corner in (zero, far)),
-        *(Plane(corner, y, z, texture(1, 4)) for corner in (zero, far)),
+        Plane(zero, x, y, Texture(textures[rng.integers(len(textures))], rng.uniform(1, 4), recipe.tile)),
+        Plane(far, x, y, painted()),
+        *(Plane(corner, x, z, painted()) for corner in (zero, far)),
+        *(Plane(corner, y, z, painted()) for corner in (zero, far)),
     ]
     for _ in range(rng.integers(recipe.boxes[0], recipe.boxes[1] + 1)):
         half = rng.uniform((0.1, 0.1, 0.1), (0.6, 0.6, min(0.9, 0.4 * height)))
@@ -200,11 +214,11 @@ def random_camera(rng: np.random.Generator, scene: Scene, recipe: SceneRecipe) -
     while True:
         focal = width / 2 / np.tan(np.radians(rng.uniform(*recipe.field_of_view)) / 2)
         position = np.array(
-            [*(rng.uniform(0.08, 0.92, 2) * room[:2]), rng.uniform(0.9, min(1.9, room[2] - 0.3))]
+            [*(rng.uniform(0.08, 0.92, 2) * room[:2]), min(rng.uniform(*recipe.eyes), room[2] - 0.3)]
         )
         target = rng.uniform(0.25, 0.75, 2) * room[:2] - position[:2]
         yaw = np.arctan2(target[1], target[0]) + rng.normal(0, 0.15)
-        rotation = look(yaw, np.radians(rng.uniform(-25, 5)), np.radians(rng.normal(0, 2)))
+        rotation = look(yaw, np.radians(rng.uniform(*recipe.pitch)), np.radians(rng.normal(0, 2)))
         camera = Camera(float(focal), recipe.size, position, rotation)
         inside = any(
             isinstance(surface, Box | Sphere) and np.isfinite(_nearest(surface, position)).all()

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NEAR = 1e-6  # nearer hits are the surface that a ray starts on
+JOINT = 0.02  # metres, the width of a joint between tiles
+JOINT_DARKNESS = 0.8
 SHADOW_GAP = 1e-4  # metres between a surface and where its shadow ray starts
 SUBPIXELS = tuple((y, x) for y in (0.25, 0.75) for x in (0.25, 0.75))
 REMAP_COLUMNS = 4096  # OpenCV's remap takes sides below 32768
@@ -27,10 +29,12 @@ REMAP_COLUMNS = 4096  # OpenCV's remap takes sides below 32768
 class Texture:
     """A photograph that covers a surface, mirrored where it ends.
 
-    pixels: uint8 (h, w, 3). metres: that its longer side covers.
+    pixels: uint8 (h, w, 3). metres: that its longer side covers. tile: metres between dark joints, as of a tiled floor;
+    0 for none.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8], metres: float) -> None:
+    def __init__(self, pixels: NDArray[np.uint8], metres: float, tile: float = 0.0) -> None:
+        self.tile = tile
         self.levels = [np.ascontiguousarray(pixels)]
         while min(self.levels[-1].shape[:2]) >= 2:
             h, w = self.levels[-1].shape[:2]
@@ -62,7 +66,17 @@ class Texture:
             ]
             found = cv2.remap(texture, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             colours[here] = np.asarray(found).reshape(-1, 3)[: len(here)] / 255
+        if self.tile:
+            colours *= 1 - JOINT_DARKNESS * self.joints(uv_P2, footprint_P)[:, None]
         return colours
+
+    def joints(self, uv_P2: Floats, footprint_P: Floats) -> Floats:
+        """Return the share (P,) of what a pixel sees that is joint: of the nearer one of its row's and its column's."""
+        away_P: Floats = self.tile * np.abs(uv_P2 / self.tile - np.round(uv_P2 / self.tile)).min(1)
+        seen_P = np.maximum(footprint_P, NEAR)
+        overlap_P = ((JOINT + seen_P) / 2 - away_P).clip(0)
+        share_P: Floats = np.minimum(overlap_P, np.minimum(JOINT, seen_P)) / seen_P
+        return share_P
 
 
 class Surface(Protocol):
