@@ -167,7 +167,7 @@ def depth(args: argparse.Namespace, console: Console) -> list[str]:
                     pictures.append(depth_pictures(chosen, chosen_few, bool(pictures)))
     if args.picture:
         save_grid(args.picture, pictures)
-    return [*rows, "", *STEREO, *stereo]
+    return [*rows, "", *STEREO, constant_motorcycle(), *stereo]
 
 
 def constants(train: DenseData, test: DenseData) -> list[str]:
@@ -200,14 +200,25 @@ STEREO = [
 ]
 
 
-def motorcycle(chosen: ChosenHead, name: str) -> str:
+def motorcycle_pair() -> tuple[np.ndarray, np.ndarray]:
+    """Return the left image (H, W, 3) and its true depth in metres (H, W), 0 where it is not known."""
     from skimage import data as skimage_data
 
     left, _, disparity = skimage_data.stereo_motorcycle()
     known = np.isfinite(disparity)
-    truth = np.where(known, FOCAL_LENGTH * BASELINE / (np.where(known, disparity, 0) + OFFSET), 0).astype(
-        np.float32
-    )
+    metres = np.where(known, FOCAL_LENGTH * BASELINE / (np.where(known, disparity, 0) + OFFSET), 0)
+    return left, metres.astype(np.float32)
+
+
+def constant_motorcycle() -> str:
+    """Return the row of predicting the true median everywhere."""
+    _, truth = motorcycle_pair()
+    found = depth_scores(np.full_like(truth, np.median(truth[truth > 0])), truth)
+    return f"| none, true median | | | {found[0]:.2f} | {found[1]:.3f} | {found[3]:.3f} |"
+
+
+def motorcycle(chosen: ChosenHead, name: str) -> str:
+    left, truth = motorcycle_pair()
     with torch.no_grad():
         images = normalize(torch.from_numpy(chosen.preprocessing(left))[None]).to(chosen.device)
         maps = predict(chosen.model, chosen.head, images)
