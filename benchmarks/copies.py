@@ -1,11 +1,13 @@
-"""Copy detection: a perceptual hash, features of a backbone, and a copy detector trained on the same 200 photographs.
+"""Copy detection: a perceptual hash, features of a backbone, and a copy detector trained on the same images.
 
     python benchmarks/copies.py photos.tar CIFAR10-TEST.parquet [--steps 400] [--out TABLE.md]
 
 Photographs are split: 200 to train on, 200 that nothing has seen. Of the latter, each by 17 kinds of copies (queries),
 half have their original among the references; these are 100 originals, 100 training photographs and 2,000 images of
-CIFAR-10. All pairs are pooled (DISC21). The other 100 training photographs are the background of normalised scores and
-what collages are filled with. The backbone is `unlabeled pretrain` on the 200, for as long as the detector trained.
+CIFAR-10. All pairs are pooled (DISC21). Detector and backbone are trained on the 200 photographs and 2,000 other images
+of CIFAR-10; whitening is fitted to these, and normalised scores have them as background, but for the photographs among
+the references. Collages are filled with 100 of the training photographs. The backbone is `unlabeled pretrain`, for as
+long as the detector trained.
 """
 
 import argparse
@@ -24,10 +26,11 @@ from rich.console import Console
 from machine import device_name
 from unlabeled.curate.copies import TRANSFORMATIONS, collage, composition
 from unlabeled.curate.copy_detector import DetectorRecipe, load_detector, train_copy_detector
-from unlabeled.curate.copy_scores import CopyScores, background_normalised, copy_scores
+from unlabeled.curate.copy_scores import CopyScores, background_normalised, copy_scores, wrong_pair_surprise
 from unlabeled.curate.hashes import perceptual_hash
 from unlabeled.curate.overlays import Pixels
 from unlabeled.curate.views import ViewRecipe
+from unlabeled.curate.whitening import fit_whitening
 from unlabeled.features.extractor import Extractor
 from unlabeled.images.decode import decode
 from unlabeled.images.sources import Source, open_source
@@ -35,6 +38,7 @@ from unlabeled.pretrain.loop import pretrain
 
 KINDS = (*TRANSFORMATIONS, "collage", "composition")
 BATCH, DEPTH = 64, 4
+BACKBONE, DETECTOR = "backbone, CLS", "trained copy detector"
 Images = NDArray[np.uint8]
 
 
@@ -87,6 +91,7 @@ def main() -> None:
     parser.add_argument("--entropy", type=float, default=DetectorRecipe.entropy)
     parser.add_argument("--lr", type=float, default=DetectorRecipe.lr)
     parser.add_argument("--kind", default=DetectorRecipe.kind)
+    parser.add_argument("--detector", type=Path, help="one that is there already, in place of a training")
     parser.add_argument("--no-model", action="store_true", help="leave the backbone out")
     parser.add_argument("--distractors", type=int, default=2000, help="of CIFAR-10")
     parser.add_argument("--seed", type=int, default=0)
@@ -106,24 +111,29 @@ def main() -> None:
         (root / "train").mkdir()
         for index in train.tolist():
             (root / "train" / f"{index:04}.jpg").write_bytes(source.read(index).data)
+        others = range(options.distractors, 2 * options.distractors)
+        for index in others:
+            (root / "train" / f"cifar_{index:05}.png").write_bytes(cifar.read(index).data)
         train_copy_detector(root / "train", root / "start", recipe=replace(recipe, steps=1), console=console)
         begun = time.perf_counter()
-        train_copy_detector(root / "train", root / "detector", recipe=recipe, console=console)
+        if not options.detector:
+            train_copy_detector(root / "train", root / "detector", recipe=recipe, console=console)
         seconds = time.perf_counter() - begun
         extractors = {
             "detector after 1 step": load_detector(root / "start"),
-            "trained copy detector": load_detector(root / "detector"),
+            DETECTOR: load_detector(options.detector or root / "detector"),
         }
-        notes = [f"the detector {options.steps} steps of {BATCH} images in {seconds:.0f} s"]
+        trained = f"{options.steps} steps of {BATCH} images in {seconds:.0f} s"
+        notes = ["the detector " + ("one that was there" if options.detector else trained)]
         if not options.no_model:
             steps, spent = backbone(root, options.size, options.patch_size, seconds, options.seed, console)
             extractors = {
-                "backbone, CLS": Extractor(root / "model", size=options.size, shape="stretch")
+                BACKBONE: Extractor(root / "model", size=options.size, shape="stretch")
             } | extractors
             notes.append(f"the backbone {steps} steps of {BATCH} in {spent:.0f} s")
         scores, kinds = measure(
             extractors, decoded(source, train), decoded(source, test), decoded(cifar, range(options.distractors)),
-            options.seed,
+            decoded(cifar, others), options.seed,
         )  # fmt: skip
     text = tables(scores, kinds, f"{device_name(torch.device('cpu'))}; {', '.join(notes)}.")
     print(text)
@@ -149,15 +159,16 @@ def backbone(
 
 
 def measure(
-    extractors: dict[str, Extractor], train: list[Pixels], test: list[Pixels], cifar: list[Pixels], seed: int
-) -> tuple[dict[str, CopyScores], NDArray[np.int64]]:
-    """Scores by way of comparing, and the kind of each query."""
+    extractors: dict[str, Extractor], train: list[Pixels], test: list[Pixels], cifar: list[Pixels],
+    others: list[Pixels], seed: int,
+) -> tuple[dict[str, CopyScores], NDArray[np.int64]]:  # fmt: skip
+    """Scores by way of comparing, and the kind of each query; others: images of CIFAR-10 that are no references."""
     prepare = next(iter(extractors.values())).prepare
-    with_original = len(test) // 2
-    references = [*test[:with_original], *train[:100], *cifar]
-    background = train[100:]
+    with_original, shown = len(test) // 2, 100
+    references = [*test[:with_original], *train[:shown], *cifar]
+    background = [*train, *others]
     queries, hashes, kinds, originals = [], [], [], []
-    for number, kind, pixels in copies_of(test, background, seed):
+    for number, kind, pixels in copies_of(test, train[shown:], seed):
         queries.append(prepare(pixels))
         hashes.append(hash_signs(pixels))
         kinds.append(kind)
@@ -167,15 +178,26 @@ def measure(
         "queries": np.stack(queries),
         "background": np.stack([prepare(one) for one in background]),
     }
-    hashed = np.stack(hashes) @ np.stack([hash_signs(one) for one in references]).T
+    signs = np.stack(hashes)
+    hashed = signs @ np.stack([hash_signs(one) for one in references]).T
+    hash_surprise = wrong_pair_surprise(
+        hashed, signs @ np.stack([hash_signs(one) for one in background[shown:]]).T
+    )
     scores = {"perceptual hash, 64 bits": copy_scores(hashed, originals)}
     for name, extractor in extractors.items():
         found = {part: vectors_of(extractor, images) for part, images in parts.items()}
-        cosines = found["queries"] @ found["references"].T
-        scores[name] = copy_scores(cosines, originals)
-        if name in ("backbone, CLS", "trained copy detector"):
-            normalised = background_normalised(cosines, found["queries"] @ found["background"].T)
-            scores[f"{name}, normalised"] = copy_scores(normalised, originals)
+        scores[name] = copy_scores(found["queries"] @ found["references"].T, originals)
+        if name not in (BACKBONE, DETECTOR):
+            continue
+        white = {part: fit_whitening(found["background"])(vectors) for part, vectors in found.items()}
+        cosines = white["queries"] @ white["references"].T
+        beside = white["queries"] @ white["background"][shown:].T
+        scores[f"{name}, whitened"] = copy_scores(cosines, originals)
+        scores[f"{name}, whitened, normalised"] = copy_scores(
+            background_normalised(cosines, beside), originals
+        )
+        both = hash_surprise + wrong_pair_surprise(cosines, beside)
+        scores[f"hash and {name}, whitened"] = copy_scores(both, originals)
     return scores, np.where(np.asarray(originals) >= 0, kinds, -1)
 
 

@@ -152,6 +152,10 @@ def test_stopped_at_each_step_and_other_workers_give_the_same(
         return files(tmp_path / out)
 
     whole = curated("whole", 1)
+    point = json.loads((tmp_path / "whole" / "work" / "calibration.json").read_text())["point"]
+    page = (tmp_path / "whole" / "report" / "index.html").read_text()
+    said = "No cosine gives" if point["recall"] == 0 else f"{point['recall']:.1%} of the copies are found"
+    assert said in page  # and not the recall of the search for neighbours
     assert curated("two", 2) == whole
     for number, step in enumerate(("exact", "copies", "cluster")):
         real = getattr(pipeline.do, step)
@@ -176,9 +180,19 @@ def test_without_a_model_and_a_scorer_of_ones_own(
     counts = run(monkeypatch, capsys, *words, "--quality.score", 0.45)["counts"]
     assert counts["quality"]["reasons"]["score"] >= 1
     assert list(counts) == ["quality", "exact", "perceptual"]
-    more = run(monkeypatch, capsys, *words, "--quality.score", 0.0)["counts"]  # a changed limit is done again
+    done = run(monkeypatch, capsys, *words, "--quality.score", 0.0)  # a changed limit is done again
+    more = done["counts"]
     assert "score" not in more["quality"]["reasons"]
-    assert run(monkeypatch, capsys, "report", tmp_path / "out")["counts"] == more
+    page = Path(done["report"])
+    before = page.read_bytes()
+    page.unlink()
+    assert run(monkeypatch, capsys, "report", tmp_path / "out") == {
+        "counts": more, "out": str(tmp_path / "out"), "report": str(page)
+    }  # fmt: skip
+    assert page.read_bytes() == before
+    (tmp_path / "out" / "work" / "steps" / "exact.parquet").unlink()
+    assert "run the curation again" in refused(monkeypatch, capsys, "report", tmp_path / "out")
+    assert "cannot be read" in refused(monkeypatch, capsys, "report", pile)
     assert "own_scorer:none" in refused(
         monkeypatch, capsys, pile, "--out", tmp_path / "b", "--quality.scorer", "own_scorer:none"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,41 +38,79 @@ app.add_typer(curate, name="curate")
 Out = Annotated[
     str, typer.Option(help="The folder to make, which is DATA; one that was stopped is gone on with.")
 ]
-Model = Annotated[
-    str | None, typer.Option("--model", help="MODEL of the features; none: leave out what needs them.")
-]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A TOML file of recipe fields.")]
-Memory = Annotated[str | None, typer.Option(help="That arrays may take, 4GB by default.")]
-Workers = Annotated[int | None, typer.Option(help="Threads; by default one for each core.")]
-Shards = Annotated[bool, typer.Option("--shards", help="Write tar shards, not a list, where DATA is files.")]
-Seeds = Annotated[list[str] | None, typer.Option(help="DATA that images are to be like; may be given again.")]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="DATA that nothing may be near to; may be given again.")
-]
-Count = Annotated[int | None, typer.Option(help="Images wanted, by balanced sampling.")]
+
+# Options of one step, which `all` has together.
+OWN: dict[str, Any] = {
+    "seeds": Annotated[
+        list[str] | None, typer.Option(help="DATA that images are to be like; may be given again.")
+    ],
+    "exclude": Annotated[
+        list[str] | None, typer.Option(help="DATA that nothing may be near to; may be given again.")
+    ],
+    "count": Annotated[int | None, typer.Option(help="Images wanted, by balanced sampling.")],
+}
+SHARED: dict[str, Any] = {
+    "model": Annotated[
+        str | None, typer.Option("--model", help="MODEL of the features; none: leave out what needs them.")
+    ],
+    "recipe": RecipeFile,
+    "memory": Annotated[str | None, typer.Option(help="That arrays may take, 4GB by default.")],
+    "workers": Annotated[int | None, typer.Option(help="Threads; by default one for each core.")],
+    "shards": Annotated[
+        bool, typer.Option("--shards", help="Write tar shards, not a list, where DATA is files.")
+    ],
+    "device": Device,
+    "as_json": Json,
+}
+DEFAULTS: dict[str, Any] = {"shards": False, "device": "auto", "as_json": False}
+COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {  # name: its own options, and what it does
+    "all": (
+        tuple(OWN),
+        "All steps: what `unlabeled curate DATA` does. Any recipe field can follow: --quality.min_blur 40.",
+    ),
+    "quality": ((), "Drop what cannot be read, is small, narrow, dark, bright, blank, text or blurred."),
+    "duplicates": (
+        (),
+        "Keep one of each group of copies: of the same bytes, of near perceptual hashes, of near features.",
+    ),
+    "decontaminate": (("exclude",), "Drop what is too near to evaluation sets."),
+    "cluster": (("count",), "Keep a number of images, evenly from a tree of clusters."),
+    "retrieve": (("seeds",), "Keep what is like the seeds."),
+}
 
 
-@curate.command("all")
-def curate_all(
-    context: typer.Context,
-    data: DataArgument,
-    out: Out,
-    seeds: Seeds = None,
-    exclude: Exclude = None,
-    model: Model = None,
-    count: Count = None,
-    recipe: RecipeFile = None,
-    memory: Memory = None,
-    workers: Workers = None,
-    shards: Shards = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """All steps: what `unlabeled curate DATA` does. Any recipe field can follow: --quality.min_blur 40."""
-    _run(
-        context, as_json, data, out, seeds=seeds or (), exclude=exclude or (), model=model, count=count,
-        recipe=recipe, memory=memory, workers=workers, shards=shards, device=device,
-    )  # fmt: skip
+def _add(name: str, own: Sequence[str], does: str) -> None:
+    """Make the command of a step, or of all; its signature is what typer reads its options from."""
+
+    def command(context: typer.Context, data: str, out: str, as_json: bool, **options: Any) -> None:
+        if name != "all":
+            options["steps"] = (name,)
+        for several in ("seeds", "exclude"):
+            if several in options:
+                options[several] = options[several] or ()
+        _run(context, as_json, data, out, **options)
+
+    kinds = {"context": typer.Context, "data": DataArgument, "out": Out}
+    kinds |= {option: OWN[option] for option in own} | SHARED
+    required = ("context", "data", "out")
+    command.__annotations__ = kinds
+    command.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(
+                option,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if option in required else DEFAULTS.get(option),
+                annotation=kind,
+            )
+            for option, kind in kinds.items()
+        ]
+    )
+    curate.command(name, help=does)(command)
+
+
+for _name, (_own, _does) in COMMANDS.items():
+    _add(_name, _own, _does)
 
 
 @curate.command("collect")
@@ -104,118 +144,16 @@ def collect_command(
         )
 
 
-@curate.command("quality")
-def quality_command(
-    context: typer.Context,
-    data: DataArgument,
-    out: Out,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    workers: Workers = None,
-    shards: Shards = False,
-    as_json: Json = False,
-) -> None:
-    """Drop what cannot be read, is small, narrow, dark, bright, blank, text or blurred."""
-    _run(
-        context, as_json, data, out, steps=("quality",), model=model, recipe=recipe, workers=workers, shards=shards
-    )  # fmt: skip
-
-
-@curate.command("duplicates")
-def duplicates_command(
-    context: typer.Context,
-    data: DataArgument,
-    out: Out,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    memory: Memory = None,
-    workers: Workers = None,
-    shards: Shards = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Keep one of each group of copies: of the same bytes, of near perceptual hashes, of near features."""
-    _run(
-        context, as_json, data, out, steps=("duplicates",), model=model, recipe=recipe, memory=memory,
-        workers=workers, shards=shards, device=device,
-    )  # fmt: skip
-
-
-@curate.command("decontaminate")
-def decontaminate_command(
-    context: typer.Context,
-    data: DataArgument,
-    out: Out,
-    exclude: Exclude = None,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    memory: Memory = None,
-    workers: Workers = None,
-    shards: Shards = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Drop what is too near to evaluation sets."""
-    _run(
-        context, as_json, data, out, steps=("decontaminate",), exclude=exclude or (), model=model, recipe=recipe,
-        memory=memory, workers=workers, shards=shards, device=device,
-    )  # fmt: skip
-
-
-@curate.command("cluster")
-def cluster_command(
-    context: typer.Context,
-    data: DataArgument,
-    out: Out,
-    count: Count = None,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    memory: Memory = None,
-    workers: Workers = None,
-    shards: Shards = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Keep a number of images, evenly from a tree of clusters."""
-    _run(
-        context, as_json, data, out, steps=("cluster",), count=count, model=model, recipe=recipe, memory=memory,
-        workers=workers, shards=shards, device=device,
-    )  # fmt: skip
-
-
-@curate.command("retrieve")
-def retrieve_command(
-    context: typer.Context,
-    data: DataArgument,
-    out: Out,
-    seeds: Seeds = None,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    memory: Memory = None,
-    workers: Workers = None,
-    shards: Shards = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Keep what is like the seeds."""
-    _run(
-        context, as_json, data, out, steps=("retrieve",), seeds=seeds or (), model=model, recipe=recipe,
-        memory=memory, workers=workers, shards=shards, device=device,
-    )  # fmt: skip
-
-
 @curate.command("report")
 def report_command(
     curated: Annotated[str, typer.Argument(help="A folder that `unlabeled curate` made.")],
     as_json: Json = False,
 ) -> None:
-    """Print what a curation kept and dropped, and where its page is."""
-    from pathlib import Path
+    """Make the page and its pictures again from what the steps decided, and print what was kept and dropped."""
+    from unlabeled.curate.pipeline import report
 
-    from unlabeled.curate.report import read_counts
-
-    counts, terminal = read_counts(curated), console(as_json)
-    page = Path(curated) / "report" / "index.html"
+    terminal = console(as_json)
+    page, counts = report(curated)
     _print_counts(terminal, counts)
     _say(terminal, f"report: {page}")
     if as_json:

@@ -77,10 +77,22 @@ def background_normalised(
 ) -> NDArray[Any]:
     """Take from each query's scores the mean of its highest with images that are no references (SSCD, section 5.3).
 
-    A query that is like everything then needs a higher score than one that is like nothing.
+    A query that is like everything then needs a higher score than one that is like nothing. Those images must be like
+    the references in kind: a query near to a kind that only the references have would rise above all others.
+
     background: (Q, B), scores with those images.
     """
     k = min(nearest, background_QB.shape[1])
     highest = np.partition(background_QB, -k, axis=1)[:, -k:]
     result: NDArray[Any] = scores_QR - highest.mean(1, keepdims=True)
     return result
+
+
+def wrong_pair_surprise(scores_QR: NDArray[Any], background_QB: NDArray[Any]) -> NDArray[np.float64]:
+    """Return -log of the share of pairs of different images that score at least as much: comparable between scores.
+
+    Sums of several kinds of scores rank pairs by all of them. background: (Q, B), scores of pairs of different images.
+    """
+    wrong = np.sort(background_QB, axis=None)
+    above = len(wrong) - np.searchsorted(wrong, scores_QR, side="left")
+    return -np.log((above + 1) / (len(wrong) + 1))

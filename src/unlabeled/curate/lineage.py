@@ -98,15 +98,19 @@ def kept_or_made(
     """Return the outcome of a step: what an earlier run left of the same identity, or else made and kept now."""
     path = folder / f"{step}.parquet"
     text = json.dumps(identity, sort_keys=True)
-    if path.is_file():
-        metadata = pq.read_schema(path).metadata or {}
-        if metadata.get(b"identity", b"").decode() == text:
-            held = pq.read_table(path)
-            return Outcome(step, held.replace_schema_metadata(None), json.loads(metadata[b"figures"]))
+    if path.is_file() and (pq.read_schema(path).metadata or {}).get(b"identity", b"").decode() == text:
+        return held(folder, step)
     rows, figures = make()
     with writing(path), replacing(path) as part:
         pq.write_table(rows.replace_schema_metadata({"identity": text, "figures": json.dumps(figures)}), part)
     return Outcome(step, rows, figures)
+
+
+def held(folder: Path, step: str) -> Outcome:
+    """Return the outcome of a step that was kept. Raises OSError, ValueError or KeyError where there is none."""
+    table = pq.read_table(folder / f"{step}.parquet")
+    figures = json.loads(table.schema.metadata[b"figures"])
+    return Outcome(step, table.replace_schema_metadata(None), figures)
 
 
 def write_lineage(

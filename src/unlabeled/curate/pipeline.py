@@ -24,7 +24,7 @@ import numpy as np
 from unlabeled.curate import steps as do
 from unlabeled.curate.blocks import Integers
 from unlabeled.curate.collect import collect, is_url_list
-from unlabeled.curate.lineage import Outcome, kept_or_made, write_lineage
+from unlabeled.curate.lineage import Outcome, held, kept_or_made, write_lineage
 from unlabeled.curate.measured import measure_source
 from unlabeled.curate.output import write_output
 from unlabeled.curate.recipe import NO_MODEL, STEPS, CurateRecipe, resolved
@@ -144,7 +144,7 @@ def curate(
     report = folder / "report"
     keys = work.column("key")
     write_lineage(report / "lineage.parquet", measured, outcomes, lambda index: str(keys[index]))
-    page = write_report(report, work, outcomes, counts)
+    page = write_report(report, source, outcomes, counts)
     if not len(alive):
         last = max(outcomes, key=lambda outcome: outcome.step in counts and counts[outcome.step]["dropped"])
         raise UserError(
@@ -155,6 +155,29 @@ def curate(
     write_output(folder, source, alive, hashes, shards=shards, progress=bar)
     _write_state(folder, text, source, counts)
     return Curated(folder, counts, page, report / "lineage.parquet")
+
+
+def report(curated: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Make the page of a curation again from what its steps decided; return it, and the counts of each step.
+
+    Raises UserError: no curation, one that was stopped, whose work/ was deleted, or whose DATA has changed.
+    """
+    folder = Path(curated).expanduser()
+    state = _state(folder)
+    counts: dict[str, dict[str, Any]] = state["counts"]
+    if not counts:
+        raise UserError(f"{folder} is a curation that was stopped; run it again to go on.")
+    source = open_source(state["data"])
+    _check_images(folder, source, state)
+    try:
+        outcomes = [held(folder / "work" / "steps", step) for step in counts]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"What the steps of {folder} decided cannot be read ({error}); run the curation again."
+        ) from error
+    if _counts(len(source), outcomes) != counts:
+        raise UserError(f"{folder} was run with another recipe since, and stopped; run it again to go on.")
+    return write_report(folder / "report", source, outcomes, counts), counts
 
 
 def _several(data: str | Path | Sequence[str | Path]) -> list[str]:
@@ -200,26 +223,37 @@ def _claim(folder: Path) -> None:
 
 def _check_same(folder: Path, data: str, source: Source) -> None:
     """Refuse DATA that is other than when the folder was begun."""
-    file = folder / "curation.json"
-    if not file.is_file():
+    if not (folder / "curation.json").is_file():
         _write_state(folder, data, source, {})
         return
-    try:
-        held = json.loads(file.read_text())
-        known = held["format"] == FORMAT
-        before, images, sample = held["data"], held["images"], held["sample"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error!r}; choose another --out.") from error
-    if not known:
-        raise UserError(f"{file} is of another format than {FORMAT!r}.")
-    if before != data:
-        raise UserError(f"{folder} is a curation of {before}, not of {data}; choose another --out.")
+    state = _state(folder)
+    if state["data"] != data:
+        raise UserError(f"{folder} is a curation of {state['data']}, not of {data}; choose another --out.")
+    _check_images(folder, source, state)
+
+
+def _check_images(folder: Path, source: Source, state: dict[str, Any]) -> None:
+    data, images = state["data"], state["images"]
     if images != len(source):
         raise UserError(
             f"{data} has {len(source):,} images and had {images:,} when {folder} was begun; choose another --out."
         )
-    if sample != _sample(source):
+    if state["sample"] != _sample(source):
         raise UserError(f"{data} has other images than when {folder} was begun; choose another --out.")
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What curation.json says."""
+    file = folder / "curation.json"
+    try:
+        state: dict[str, Any] = json.loads(file.read_text())
+        known = state["format"] == FORMAT
+        missing = {"data", "images", "sample", "counts"} - state.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); `unlabeled curate` makes one.") from error
+    if not known or missing:
+        raise UserError(f"{file} is of another format than {FORMAT!r}.")
+    return state
 
 
 def _sample(source: Source) -> str:

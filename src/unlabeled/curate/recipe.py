@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unlabeled.curate.blocks import parse_bytes
-from unlabeled.errors import UserError
+from unlabeled.pretrain.limits import Limits
 from unlabeled.pretrain.recipe import with_fields
 from unlabeled.pretrain.recipes import read_values
 
@@ -154,68 +154,32 @@ def resolved(
 def check(recipe: CurateRecipe, where: str) -> None:
     """Refuse what would otherwise fail late or silently. Raises UserError, naming the field and its range."""
 
-    def need(good: bool, name: str, value: Any, text: str) -> None:
-        if not good:
-            raise UserError(f"{where}: {name} is {value}, and {text}")
-
-    quality, copies, collect, retrieve = recipe.quality, recipe.duplicates, recipe.collect, recipe.retrieve
-    for name in ("min_mean", "max_mean", "max_clipped", "max_plain", "max_text"):
-        share = getattr(quality, name)
-        need(0 <= share <= 1, f"quality.{name}", share, "is a share, in [0, 1]")
-    need(quality.max_aspect >= 1, "quality.max_aspect", quality.max_aspect, "is at least 1")
-    need(0 <= quality.min_entropy <= 8, "quality.min_entropy", quality.min_entropy, "is in bits, in [0, 8]")
-    need(
-        -1 <= copies.hash_distance <= 7,
-        "duplicates.hash_distance",
-        copies.hash_distance,
-        "is a number of bits from 0 to 7, or -1 to leave the step out",
-    )
-    need(0 < copies.precision <= 1, "duplicates.precision", copies.precision, "is above 0 and up to 1")
-    need(
+    limits = Limits(recipe, where)
+    shares = ("min_mean", "max_mean", "max_clipped", "max_plain", "max_text")
+    limits.within(0, 1, *(f"quality.{name}" for name in shares), kind="a share")
+    limits.within(0, 8, "quality.min_entropy", kind="a number of bits")
+    limits.at_least(1, "quality.max_aspect")
+    copies = recipe.duplicates
+    limits.within(-1, 7, "duplicates.hash_distance", kind="a number of bits, or -1 to leave the step out")
+    limits.above(0, "duplicates.precision", "duplicates.recall", "decontaminate.recall")
+    limits.within(0, 1, "duplicates.precision", "duplicates.recall", "decontaminate.recall")
+    limits.need(
         0 <= copies.threshold <= 1 or copies.threshold == 2,
         "duplicates.threshold",
-        copies.threshold,
-        "is a cosine up to 1, 0 to have it calibrated, or 2 to leave the step out",
+        "must be a cosine up to 1, 0 to have it calibrated, or 2 to leave the step out",
     )
-    need(
-        copies.calibration_images >= 2,
-        "duplicates.calibration_images",
-        copies.calibration_images,
-        "is 2 or more",
-    )
-    threshold = recipe.decontaminate.threshold
-    need(
-        0 <= threshold <= 1,
-        "decontaminate.threshold",
-        threshold,
-        "is a cosine up to 1, or 0 to have it calibrated",
-    )
-    for name, recall in (
-        ("duplicates.recall", copies.recall),
-        ("decontaminate.recall", recipe.decontaminate.recall),
-    ):
-        need(0 < recall <= 1, name, recall, "is above 0 and up to 1")
-    for name in ("connections", "per_host", "urls_per_shard", "max_bytes"):
-        need(getattr(collect, name) >= 1, f"collect.{name}", getattr(collect, name), "is at least 1")
-    for name in ("delay", "max_redirects", "retries", "max_wait"):
-        need(getattr(collect, name) >= 0, f"collect.{name}", getattr(collect, name), "is at least 0")
-    need(collect.timeout > 0, "collect.timeout", collect.timeout, "is above 0")
-    cluster = recipe.cluster
-    need(cluster.count >= 0, "cluster.count", cluster.count, "is a number of images, or 0 for all")
-    need(
-        all(k >= 1 for k in cluster.levels) and list(cluster.levels) == sorted(cluster.levels, reverse=True),
+    limits.at_least(2, "duplicates.calibration_images")
+    limits.within(0, 1, "decontaminate.threshold", kind="a cosine, or 0 to have it calibrated")
+    counts = ("connections", "per_host", "urls_per_shard", "max_bytes")
+    limits.at_least(1, *(f"collect.{name}" for name in counts))
+    limits.at_least(0, "collect.delay", "collect.max_redirects", "collect.retries", "collect.max_wait")
+    limits.above(0, "collect.timeout")
+    levels = recipe.cluster.levels
+    limits.need(
+        all(k >= 1 for k in levels) and list(levels) == sorted(levels, reverse=True),
         "cluster.levels",
-        list(cluster.levels),
-        "has numbers of clusters from fine to coarse, as 10000,1000,100",
+        "must be numbers of clusters from fine to coarse, as 10000,1000,100",
     )
-    need(cluster.resampling >= 0, "cluster.resampling", cluster.resampling, "is at least 0")
-    for name in ("neighbours", "per_cluster", "most"):
-        need(getattr(retrieve, name) >= 1, f"retrieve.{name}", getattr(retrieve, name), "is at least 1")
-    need(
-        retrieve.clusters >= 0,
-        "retrieve.clusters",
-        retrieve.clusters,
-        "is at least 1, or 0 to have it chosen",
-    )
-    need(recipe.run.workers >= 0, "run.workers", recipe.run.workers, "is at least 1, or 0 for one a core")
+    limits.at_least(0, "cluster.count", "cluster.resampling", "retrieve.clusters", "run.workers")
+    limits.at_least(1, "retrieve.neighbours", "retrieve.per_cluster", "retrieve.most")
     parse_bytes(recipe.run.memory)

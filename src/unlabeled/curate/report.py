@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from unlabeled.curate.lineage import Outcome
-from unlabeled.errors import UserError, writing
+from unlabeled.errors import writing
 from unlabeled.features.inputs import as_pixels
 from unlabeled.images.sources import Source, open_source
 from unlabeled.search.sheet import Tile, write_sheet
 from unlabeled.weights.files import replacing
-
-if TYPE_CHECKING:
-    from unlabeled.curate.steps import Work
 
 TITLES = {
     "readable": "Files that can be read",
@@ -82,18 +78,18 @@ class Sheets:
 
 
 def write_report(
-    folder: Path, work: Work, outcomes: Sequence[Outcome], counts: dict[str, dict[str, Any]]
+    folder: Path, source: Source, outcomes: Sequence[Outcome], counts: dict[str, dict[str, Any]]
 ) -> Path:
     """Write the page and its pictures, and return its path. Raises UserError where the disk is full."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
-    sheets = Sheets(folder, work.source)
-    total = len(work.source)
+    sheets = Sheets(folder, source)
+    total = len(source)
     left = list(counts.values())[-1]["kept"] if counts else total
     parts = [
-        f"<h1>{escape(work.source.name)}</h1>",
+        f"<h1>{escape(source.name)}</h1>",
         f"<p>{left:,} of {total:,} images are kept ({left / max(1, total):.1%}). "
         "lineage.parquet, beside this page, has a row for every image.</p>",
         _funnel(total, counts),
@@ -111,7 +107,7 @@ def write_report(
         part.write_text(
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
-            f"<title>Curation of {escape(work.source.name)}</title><style>{STYLE}</style></head>"
+            f"<title>Curation of {escape(source.name)}</title><style>{STYLE}</style></head>"
             f"<body>{body}</body></html>\n",
             encoding="utf-8",
             errors="replace",
@@ -160,11 +156,12 @@ def _sentence(outcome: Outcome, count: dict[str, Any]) -> str:
             )
     elif "threshold" in figures:
         said.append(f"Threshold {figures['threshold']:g}, as given.")
-    if "recall_bound" in figures:
+    if "search_bound" in figures:
+        bound = figures["search_bound"]
         said.append(
-            f"The approximate search found {figures['recall']:.2%} of the pairs that brute force finds on a sample "
-            f"(at least {figures['recall_bound']:.2%}); {figures['chained']:,} images were kept although a chain of "
-            "pairs leads to another that is."
+            f"The approximate search found {figures['search_recall']:.2%} of the pairs that brute force finds on a "
+            f"sample ({f'at least {bound:.2%}' if bound else 'too few for a bound'}); {figures['chained']:,} images "
+            "were kept although a chain of pairs leads to another that is."
         )
     if outcome.step == "perceptual":
         said.append(
@@ -230,9 +227,10 @@ def _groups(sheets: Sheets, outcome: Outcome) -> list[str]:
     for group in outcome.figures["groups"]:
         if shown + len(group) > 72:
             break
+        unit = " bits" if outcome.step == "perceptual" else ""
         titles = [
             "kept",
-            *(f"{value[index]:.4g}" if value[index] == value[index] else "" for index in group[1:]),
+            *(f"{value[index]:.4g}{unit}" if value[index] == value[index] else "" for index in group[1:]),
         ]
         lines.append([sheets.tile(index, title) for index, title in zip(group, titles, strict=True)])
         shown += len(group)
@@ -324,17 +322,3 @@ SECTIONS = {
     "retrieve": _retrieved,
     "cluster": _clusters,
 }
-
-
-def read_counts(folder: str | Path) -> dict[str, Any]:
-    """Return the counts of a curation by step, from its folder. Raises UserError where it is none or unfinished."""
-    file = Path(folder).expanduser() / "curation.json"
-    try:
-        counts: dict[str, Any] = json.loads(file.read_text())["counts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is no curation: {file} cannot be read; `unlabeled curate` makes one."
-        ) from error
-    if not counts:
-        raise UserError(f"{folder} is a curation that was stopped; run it again to go on.")
-    return counts

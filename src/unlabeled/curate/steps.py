@@ -331,8 +331,8 @@ def copies(work: Work, alive: Integers) -> Made:
         np.maximum.at(nearest, pairs.left_P, pairs.cosines_P)
         np.maximum.at(nearest, pairs.right_P, pairs.cosines_P)
     figures |= {
-        "recall": found.recall.value,
-        "recall_bound": found.recall.bound,
+        "search_recall": found.recall.value,
+        "search_bound": found.recall.bound,
         "pairs": found.pairs,
         "chained": found.chained,
         "near": {f"{one:.4f}": int((nearest >= one).sum()) for one in tried},

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from unlabeled.errors import UserError
 from unlabeled.pretrain.crops import CropRecipe
+from unlabeled.pretrain.limits import Limits
 from unlabeled.vit_config import SIZES, VitConfig, vit_config
 
 LARGEST_CROP = 8192  # pixels
@@ -229,77 +230,41 @@ def check(recipe: Recipe, where: str) -> None:
         UserError: naming the field and what it may be.
     """
 
-    def need(good: bool, name: str, text: str) -> None:
-        if not good:
-            raise UserError(f"{where}: {name} {text}")
-
-    run, crops, model = recipe.run, recipe.crops, recipe.model
-    need(model.size in SIZES, "model.size", f"is {model.size!r}, and may be one of {', '.join(SIZES)}")
-    need(model.patch_size >= 1, "model.patch_size", "must be at least 1 pixel")
+    limits = Limits(recipe, where)
+    need, crops, model = limits.need, recipe.crops, recipe.model
+    need(model.size in SIZES, "model.size", f"may be one of {', '.join(SIZES)}")
+    limits.at_least(1, "model.patch_size", "run.steps", "run.batch_size", "run.accumulation")
     width = recipe.vit_config().width
     need(
         model.positions == "random" or width % 4 == 0,
         "model.positions",
-        f"is sine, which needs a width that 4 divides; it is {width}",
+        f"needs a width that 4 divides; it is {width}",
     )
-    need(0 <= model.drop_path < 1, "model.drop_path", f"is {model.drop_path}, and must lie in [0, 1)")
-    need(run.steps >= 1, "run.steps", f"is {run.steps}, and must be at least 1")
-    need(run.batch_size >= 1, "run.batch_size", f"is {run.batch_size}, and must be at least 1")
+    need(0 <= model.drop_path < 1, "model.drop_path", "must lie in [0, 1)")
     need(
-        run.reduce == "float32" or run.sharding == "fsdp",
+        recipe.run.reduce == "float32" or recipe.run.sharding == "fsdp",
         "run.reduce",
-        "is bf16, and run.sharding ddp sums in float32; fsdp can do it",
+        "run.sharding ddp sums in float32; fsdp can do it",
     )
-    need(run.accumulation >= 1, "run.accumulation", f"is {run.accumulation}, and must be at least 1")
-    need(
-        crops.num_globals == 2, "crops.num_globals", f"is {crops.num_globals}; the method has 2 global crops"
-    )
+    need(crops.num_globals == 2, "crops.num_globals", "must be 2, as the method has it")
     for name, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
-        need(size >= model.patch_size, name, f"is {size}, smaller than a patch of {model.patch_size} pixels")
+        need(size >= model.patch_size, name, f"must be at least a patch of {model.patch_size} pixels")
+        need(size <= LARGEST_CROP, name, f"may be at most {LARGEST_CROP} pixels")
         multiple = size // model.patch_size * model.patch_size
-        need(size <= LARGEST_CROP, name, f"is {size}, and may be at most {LARGEST_CROP} pixels")
-        need(
-            size == multiple,
-            name,
-            f"is {size}, not a multiple of the patch ({model.patch_size}); {multiple} is",
-        )
-    for name in ("warmup", "freeze_last_layer", "freeze_backbone"):
-        share = getattr(recipe.optimizer, name)
-        need(0 <= share <= 1, f"optimizer.{name}", f"is {share}, and is a fraction of the run, in [0, 1]")
-    share = recipe.teacher.temperature_warmup
-    need(
-        0 <= share <= 1, "teacher.temperature_warmup", f"is {share}, and is a fraction of the run, in [0, 1]"
-    )
-    for name, (low, high) in (
-        ("loss.mask_ratio", recipe.loss.mask_ratio),
-        ("crops.global_scale", crops.global_scale),
-        ("crops.local_scale", crops.local_scale),
-    ):
-        need(0 < low <= high <= 1, name, f"is {low}, {high}; it needs 0 < low <= high <= 1")
-    for name, (low, high) in (("crops.ratio", crops.ratio), ("crops.blur_sigma", crops.blur_sigma)):
-        need(0 < low <= high, name, f"is {low}, {high}; it needs 0 < low <= high")
-    chances = {name: getattr(crops, name) for name in ("flip", "jitter", "grey", "solarise")}
-    chances |= {"blur": min(crops.blur), "blur ": max(crops.blur)}
-    for name, chance in chances.items():
-        need(0 <= chance <= 1, f"crops.{name.strip()}", f"is {chance}, and is a probability, in [0, 1]")
+        need(size == multiple, name, f"must be a multiple of the patch ({model.patch_size}); {multiple} is")
+    shares = ("optimizer.warmup", "optimizer.freeze_last_layer", "optimizer.freeze_backbone")
+    limits.within(0, 1, *shares, "teacher.temperature_warmup", kind="a fraction of the run")
+    limits.range_within(1, "loss.mask_ratio", "crops.global_scale", "crops.local_scale")
+    limits.range_within(math.inf, "crops.ratio", "crops.blur_sigma")
+    limits.within(0, 1, "crops.flip", "crops.jitter", "crops.grey", "crops.solarise", kind="a probability")
+    need(all(0 <= chance <= 1 for chance in crops.blur), "crops.blur", "has probabilities, in [0, 1]")
     kernel = crops.blur_kernel
-    need(
-        kernel % 2 == 1 and 1 <= kernel <= 17,
-        "crops.blur_kernel",
-        f"is {kernel}; it is odd, and at most 17 pixels",
-    )
-    need(crops.num_locals >= 0, "crops.num_locals", f"is {crops.num_locals}, and must be at least 0")
-    teacher = recipe.teacher
-    for name in ("temperature", "final_temperature"):
-        value = getattr(teacher, name)
-        need(value > 0, f"teacher.{name}", f"is {value}, and must be above 0")
-    for name in ("momentum", "final_momentum"):
-        value = getattr(teacher, name)
-        need(0 <= value <= 1, f"teacher.{name}", f"is {value}, and must lie in [0, 1]")
-    need(recipe.loss.student_temperature > 0, "loss.student_temperature", "must be above 0")
-    head = recipe.head
-    for name in ("num_prototypes", "bottleneck", "hidden", "ibot_num_prototypes", "ibot_bottleneck"):
-        need(getattr(head, name) >= 1, f"head.{name}", f"is {getattr(head, name)}, and must be at least 1")
+    need(kernel % 2 == 1 and 1 <= kernel <= 17, "crops.blur_kernel", "must be odd, and at most 17 pixels")
+    limits.at_least(0, "crops.num_locals")
+    limits.above(0, "teacher.temperature", "teacher.final_temperature", "loss.student_temperature")
+    limits.within(0, 1, "teacher.momentum", "teacher.final_momentum")
+    heads = ("num_prototypes", "bottleneck", "hidden", "ibot_num_prototypes", "ibot_bottleneck")
+    limits.at_least(1, *(f"head.{name}" for name in heads))
 
 
 def _replaced(node: Any, name: str, value: Any) -> Any:
