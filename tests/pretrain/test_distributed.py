@@ -13,11 +13,12 @@ from rich.console import Console
 from torch.multiprocessing import spawn
 
 from tests.pretrain.conftest import TINY, losses
-from unlabeled.pretrain import loop
+from unlabeled.pretrain import loop, targets
 from unlabeled.pretrain.losses import koleo_loss
-from unlabeled.pretrain.targets import Center, sinkhorn_knopp
+from unlabeled.pretrain.targets import Assignment, Center, sinkhorn_knopp
 
-LOGITS = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+TOKENS, PROTOTYPES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)).split((10, 6))
+LOGITS = TOKENS @ PROTOTYPES.T
 FEATURES = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
 
 
@@ -39,6 +40,11 @@ def _parts(rank: int) -> None:
         whole = _alone(lambda: sinkhorn_knopp(LOGITS, 0.07))
         expected = whole[:cut] if rank == 0 else whole[cut:]
         torch.testing.assert_close(sinkhorn_knopp(mine, 0.07), expected, rtol=1e-4, atol=1e-6)
+        tokens = TOKENS[:cut] if rank == 0 else TOKENS[cut:]
+        for at_once in (2**27, 6 * 2):
+            targets.AT_ONCE = at_once
+            found = Assignment.by_sinkhorn(tokens, PROTOTYPES, 0.07, 3)[:]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         center = Center(6)
         center.update(mine)
         torch.testing.assert_close(center.center, 0.1 * LOGITS.mean(0))

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unlabeled.pretrain import targets
 from unlabeled.pretrain.targets import Assignment, Center, prototype_logits, sinkhorn_knopp, softmax_center
 
 
@@ -78,9 +79,13 @@ def test_center_is_a_running_mean() -> None:
     np.testing.assert_allclose(center.center.numpy(), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [2**27, 11 * 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sinkhorn", "center"])
-def test_an_assignment_is_the_same_targets_made_later(kind: str, dtype: torch.dtype) -> None:
+def test_an_assignment_is_the_same_targets_made_later(
+    kind: str, dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.nn.functional.normalize(torch.randn(17, 6, generator=generator), dim=1).to(dtype)
     prototypes = torch.nn.functional.normalize(torch.randn(11, 6, generator=generator), dim=1)
@@ -95,7 +100,7 @@ def test_an_assignment_is_the_same_targets_made_later(kind: str, dtype: torch.dt
         expected = softmax_center(logits, center.center, 0.05)
         center.update(logits)
         found = Assignment.by_center(tokens, prototypes, 0.05, same)
-        assert torch.equal(center.center, same.center)
+        torch.testing.assert_close(center.center, same.center)
     torch.testing.assert_close(found[:], expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(torch.cat([found[:5], found[5:6], found[6:]]), expected, rtol=1e-5, atol=1e-7)
     some = found.of(lambda rows: torch.cat((rows[3:5], rows[10:])))

@@ -24,6 +24,7 @@ from unlabeled.pretrain.recipe import (
     TeacherRecipe,
     override,
 )
+from unlabeled.pretrain.targets import AT_ONCE
 
 SHORT_RUN = 20_000  # steps under which LayerScale and teacher start as small_images has them
 SMALL_BATCH = 64  # images a step of small_images, and what its learning rate is given for
@@ -180,8 +181,8 @@ def device_memory(device: torch.device) -> float:
 def images_that_fit(recipe: Recipe, memory: float) -> int:
     """How many images of a step a device has memory for, at least 1.
 
-    Counted are weights, gradients, moments and teacher; what the backward pass of the global crops keeps; the targets
-    of the masked patches. A fifth of the memory is left alone.
+    Counted are weights, gradients, moments and teacher; what the backward pass of the global crops keeps; the teacher's
+    logits of the masked patches and a copy, of no more than are held at once. A fifth of the memory is left alone.
 
     Args:
         recipe: of the run.
@@ -198,7 +199,8 @@ def images_that_fit(recipe: Recipe, memory: float) -> int:
     kept = 4 * KEPT * config.width * (2 if recipe.run.checkpoint_blocks else config.depth) * tokens
     masked = crops.num_globals * patches * recipe.loss.mask_probability * sum(recipe.loss.mask_ratio) / 2
     targets = 2 * 4 * masked * recipe.num_ibot_prototypes() if recipe.loss.ibot else 0.0
-    return max(1, int((0.8 * memory / SPARE - fixed) // (kept + targets)))
+    left = 0.8 * memory / SPARE - fixed
+    return max(1, int(max(left // (kept + targets), (left - 2 * 4 * AT_ONCE) // kept)))
 
 
 def median_side(source: Source, count: int = 32) -> int:

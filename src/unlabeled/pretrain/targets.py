@@ -5,13 +5,15 @@ Shape suffixes: N samples, K prototypes, C bottleneck.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+AT_ONCE = 2**27  # logits of masked patches held at once in the making of targets: 0.5 GB in float32
 
 
 def softmax_center(logits_NK: Tensor, center_K: Tensor, temperature: float) -> Tensor:
@@ -32,7 +34,12 @@ class Center(nn.Module):
     @torch.no_grad()
     def update(self, logits_NK: Tensor) -> None:
         """Move towards the mean over the rows of all ranks, which may hold different numbers of them."""
-        total_K, count = logits_NK.float().sum(0), _number(len(logits_NK), logits_NK)
+        self.move(logits_NK.float().sum(0), len(logits_NK))
+
+    @torch.no_grad()
+    def move(self, total_K: Tensor, num_rows: int) -> None:
+        """The same, given the sum of this rank's rows, which is used up."""
+        count = _number(num_rows, total_K)
         _all_reduce(total_K)
         _all_reduce(count)
         moved_K = self.center.lerp(total_K / count.clamp_min(1), 1 - self.momentum)
@@ -87,6 +94,39 @@ def _sinkhorn(
     return exponential_NK, row_max_N, prototype_scale_K, sample_scale_N * count
 
 
+def _sinkhorn_by_parts(
+    parts: list[slice], scaled: Callable[[slice], Tensor], num_iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What _sinkhorn gives beside the exponential, which is made again in each pass, a part at a time.
+
+    scaled: (n, K) float32 logits / temperature of a part, a new tensor each time.
+    """
+    row_max_N = torch.cat([scaled(part).amax(1) for part in parts])
+    highest, count = row_max_N.amax(), _number(len(row_max_N), row_max_N)
+    _all_reduce(highest, dist.ReduceOp.MAX)
+    _all_reduce(count)
+    sample_scale_N = (row_max_N - highest).exp()
+
+    def exponentials() -> Iterator[tuple[slice, Tensor]]:
+        for part in parts:
+            yield part, scaled(part).sub_(row_max_N[part, None]).exp_()
+
+    sums_K = torch.stack([sample_scale_N[part] @ rows_nK for part, rows_nK in exponentials()]).sum(0)
+    for _ in range(num_iterations):
+        _all_reduce(sums_K)
+        prototype_scale_K = (sums_K * len(sums_K)).clamp_min(1e-30).reciprocal()
+        sums_K = torch.zeros_like(sums_K)
+        for part, rows_nK in exponentials():  # sums of the next iteration from the scales of this one
+            sample_scale_N[part] = (rows_nK @ prototype_scale_K * count).reciprocal()
+            sums_K += sample_scale_N[part] @ rows_nK
+    return row_max_N, prototype_scale_K, sample_scale_N * count
+
+
+def _parts(num_rows: int, num_prototypes: int) -> list[slice]:
+    step = max(1, AT_ONCE // num_prototypes)
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
+
+
 @dataclass(frozen=True)
 class Assignment:
     """Targets of many samples that are made when they are wanted, some rows at a time, and never all at once.
@@ -108,21 +148,33 @@ class Assignment:
         tokens_NC: Tensor, prototypes_KC: Tensor, temperature: float, num_iterations: int
     ) -> Assignment:
         """What sinkhorn_knopp makes of the tokens' logits."""
-        logits_NK = prototype_logits(tokens_NC, prototypes_KC)
-        _, highest_N, prototype_scale_K, sample_scale_N = _sinkhorn(logits_NK, temperature, num_iterations)
-        return Assignment(
-            tokens_NC, prototypes_KC, temperature, None, highest_N, prototype_scale_K, sample_scale_N
-        )
+
+        def scaled(part: slice) -> Tensor:
+            return prototype_logits(tokens_NC[part], prototypes_KC).float() / temperature
+
+        parts = _parts(len(tokens_NC), len(prototypes_KC))
+        if len(parts) > 1:
+            scales = _sinkhorn_by_parts(parts, scaled, num_iterations)
+        else:
+            logits_NK = prototype_logits(tokens_NC, prototypes_KC)
+            scales = _sinkhorn(logits_NK, temperature, num_iterations)[1:]
+        return Assignment(tokens_NC, prototypes_KC, temperature, None, *scales)
 
     @staticmethod
     @torch.no_grad()
     def by_center(tokens_NC: Tensor, prototypes_KC: Tensor, temperature: float, center: Center) -> Assignment:
         """What softmax_center makes of the tokens' logits; they move the next batch's centre."""
-        logits_NK, center_K = prototype_logits(tokens_NC, prototypes_KC), center.center.clone()
-        center.update(logits_NK)
-        scaled_NK = (logits_NK.float() - center_K).div_(temperature)
-        highest_N = scaled_NK.amax(1)
-        sums_N = scaled_NK.sub_(highest_N[:, None]).exp_().sum(1)
+        center_K, total_K = center.center.clone(), torch.zeros_like(center.center)
+        highest, sums = [], []
+        for part in _parts(len(tokens_NC), len(prototypes_KC)):
+            logits_nK = prototype_logits(tokens_NC[part], prototypes_KC).float()
+            total_K += logits_nK.sum(0)
+            scaled_nK = (logits_nK - center_K).div_(temperature)
+            highest.append(scaled_nK.amax(1))
+            sums.append(scaled_nK.sub_(highest[-1][:, None]).exp_().sum(1))
+        center.move(total_K, len(tokens_NC))
+        highest_N = torch.cat(highest) if highest else tokens_NC.new_zeros(0, dtype=torch.float32)
+        sums_N = torch.cat(sums) if sums else highest_N
         return Assignment(
             tokens_NC, prototypes_KC, temperature, center_K, highest_N, None, sums_N.reciprocal()
         )
