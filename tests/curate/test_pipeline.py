@@ -192,7 +192,7 @@ def test_without_a_model_and_a_scorer_of_ones_own(
     assert page.read_bytes() == before
     (tmp_path / "out" / "work" / "steps" / "exact.parquet").unlink()
     assert "run the curation again" in refused(monkeypatch, capsys, "report", tmp_path / "out")
-    assert "cannot be read" in refused(monkeypatch, capsys, "report", pile)
+    assert "is no curation" in refused(monkeypatch, capsys, "report", pile)
     assert "own_scorer:none" in refused(
         monkeypatch, capsys, pile, "--out", tmp_path / "b", "--quality.scorer", "own_scorer:none"
     )

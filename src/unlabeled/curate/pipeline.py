@@ -245,12 +245,14 @@ def _check_images(folder: Path, source: Source, state: dict[str, Any]) -> None:
 def _state(folder: Path) -> dict[str, Any]:
     """What curation.json says."""
     file = folder / "curation.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is no curation; `unlabeled curate` makes one.")
     try:
         state: dict[str, Any] = json.loads(file.read_text())
         known = state["format"] == FORMAT
         missing = {"data", "images", "sample", "counts"} - state.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}); `unlabeled curate` makes one.") from error
+        raise UserError(f"{file} cannot be read: {error!r}; choose another --out.") from error
     if not known or missing:
         raise UserError(f"{file} is of another format than {FORMAT!r}.")
     return state
