@@ -10,7 +10,6 @@ of others at cosines of 0.82 to 0.99. Each size runs in a process of its own, wh
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machine import device_name
+from machine import device_name, peak_memory
 from unlabeled.curate.blocks import Resources, Rows, parse_bytes, spans
 from unlabeled.curate.duplicates import near_duplicates
 from unlabeled.curate.hierarchy import hierarchical_kmeans
@@ -91,11 +90,10 @@ def duplicates(size, width, resources, brute):
     with tempfile.TemporaryDirectory() as folder:
         vectors, copies, originals = made(size, width, Path(folder) / "vectors.npy")
         rate = product_rate(width)
-        base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         begun, used = time.perf_counter(), time.process_time()
         found = near_duplicates(vectors, THRESHOLD, resources=resources)
         seconds, used = time.perf_counter() - begun, time.process_time() - used
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory(torch.device("cpu"))
         joined = found.component_N[copies] == found.component_N[originals]
         dropped = np.flatnonzero(~found.is_kept)
         family = np.arange(size)
@@ -105,7 +103,7 @@ def duplicates(size, width, resources, brute):
             "size": size,
             "seconds": seconds,
             "cpu_seconds": used,
-            "peak_gb": max(peak, base) / 1e9,
+            "peak_gb": peak,
             "gemm_gflops": rate / 1e9,
             "times_products": seconds / (2 * width * found.compared / rate),
             "compared_each": found.compared / size,
@@ -167,14 +165,14 @@ def tree(size, width, levels, resources):
         begun = time.perf_counter()
         found = hierarchical_kmeans(vectors, levels, rounds=2, iterations=10, resources=resources)
         seconds = time.perf_counter() - begun
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory(torch.device("cpu"))
         begun = time.perf_counter()
         images = balanced_sample(found, size // 10)
         return {
             "size": size,
             "levels": levels,
             "seconds": seconds,
-            "peak_gb": peak / 1e9,
+            "peak_gb": peak,
             "gemm_gflops": rate / 1e9,
             "passes_of_products": seconds * rate / (2 * width * size * levels[0]),
             "similarity": float(found.levels[0].similarities_N.mean()),

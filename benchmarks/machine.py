@@ -1,6 +1,7 @@
 """What the machine is and what it can do: the limit every table is read against."""
 
 import platform
+import re
 import resource
 import sys
 import time
@@ -46,6 +47,9 @@ def peak_memory(device: torch.device) -> float:
     """GB: of the device on CUDA, else the largest resident size of this process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would be at least what the process had that started this one
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size / 1e9 if sys.platform == "darwin" else size * 1024 / 1e9
 

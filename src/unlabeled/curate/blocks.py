@@ -11,11 +11,11 @@ import mmap
 import os
 import re
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from unlabeled.ahead import ahead
 from unlabeled.errors import UserError, writing
 from unlabeled.weights.files import replacing
 
@@ -70,18 +71,9 @@ class Threads:
         self, function: Callable[[Context, Item], Result], context: Context, items: Sequence[Item]
     ) -> Iterator[Result]:
         """Give function(context, item) of each item, in order; one result a worker waits at most."""
-        with threadpool_limits(1), ThreadPoolExecutor(self.workers) as pool:
-            waiting: deque[Any] = deque()
-            try:
-                for item in items:
-                    waiting.append(pool.submit(function, context, item))
-                    if len(waiting) > self.workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        one = {"initializer": threadpool_limits, "initargs": (1,)}  # OpenMP's limit is each thread's own
+        with threadpool_limits(1), ThreadPoolExecutor(self.workers, **one) as pool:
+            yield from ahead(pool, partial(function, context), items, most=self.workers)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shape suffixes: N vectors, D width, K cells, n rows of a block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from unlabeled.curate.blocks import (
     save_arrays,
     spans,
 )
-from unlabeled.curate.kmeans import kmeans
+from unlabeled.curate.kmeans import train, without_work
 from unlabeled.errors import UserError
 
 FEW = 8192  # vectors that make one cell
 TILE = 2048  # vectors on either side of one matrix product
-TRAINED_ON = 64  # vectors for each cell that the centroids are found with
+TRAINED_ON = 32  # vectors for each cell that the centroids are found with
+ITERATIONS = 6  # of finding them
 CELLS_OF_A_TASK = 8
 LEAST_MEMORY = 1 << 27
 BYTES_OF_A_ROW = 100  # held in memory for each vector, whatever its width: its numbers, cell, probes and set
@@ -55,7 +56,7 @@ class Cells:
     probes_starts: Integers
     probes: NDArray[np.int32]
     probing_starts: Integers
-    probing: Integers
+    probing: NDArray[Any]
 
     @property
     def compared(self) -> int:
@@ -86,7 +87,7 @@ class Cells:
 
 def cell_count(size: int) -> int:
     """Return the number of cells for N vectors: what makes assigning and comparing cost about the same."""
-    return 1 if size <= FEW else round((2 * size) ** 0.5)
+    return 1 if size <= FEW else round(4 * size**0.5)
 
 
 def check_memory(size: int, resources: Resources, row_bytes: int = BYTES_OF_A_ROW) -> None:
@@ -104,16 +105,13 @@ def find_centroids(rows: Rows, folder: Path, resources: Resources) -> Floats:
     file = folder / "centroids.npy"
     if not file.is_file():
         k = cell_count(len(rows))
-        generator = np.random.default_rng([resources.seed, 1])
-        if k == 1:
-            centroids = np.zeros((1, rows.shape[1]), np.float32)
-        else:
-            most = max(2 * k, resources.memory // 4 // (4 * rows.shape[1]))
-            drawn = generator.choice(len(rows), min(len(rows), TRAINED_ON * k, most), replace=False)
-            some = rows.at(np.sort(drawn))
-            rows.release()
-            once = replace(resources, work=None)
-            centroids = kmeans(some, k, iterations=8, init="random", resources=once).centroids_KD
+        centroids = np.zeros((1, rows.shape[1]), np.float32)
+        if k > 1:
+            once = without_work(resources)
+            found = train(
+                rows, k, iterations=ITERATIONS, init="random", sample=TRAINED_ON * k, resources=once
+            )
+            centroids = found.centroids_KD
         save_array(file, centroids)
     return np.asarray(np.load(file), np.float32)
 
@@ -138,6 +136,7 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
         np.concatenate([part[name] for part in parts]) for name in ("rows", "cells", "probe_counts", "probes")
     )
     by_probe = np.argsort(probes, kind="stable")
+    narrow: Any = np.int32 if len(rows) < 2**31 else np.int64
     return Cells(
         stored=Rows(_Several(stored, rows)),
         order_N=order,
@@ -147,7 +146,7 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
         probes_starts=_starts(counts),
         probes=probes,
         probing_starts=_starts(np.bincount(probes, minlength=k)),
-        probing=np.repeat(np.arange(len(counts)), counts)[by_probe],
+        probing=np.repeat(np.arange(len(counts), dtype=narrow), counts)[by_probe],
     )
 
 
@@ -179,6 +178,7 @@ def _store_block(context: _Layout, item: tuple[int, tuple[int, int]]) -> None:
     block = context.rows.between(start, stop)
     centroids = context.centroids_KD
     table = centroids @ centroids.T
+    farthest = np.sqrt(np.maximum(2 - 2 * table.min(axis=1), 0))
     cells = np.empty(len(block), np.int32)
     who, probed = [], []
     for first, last in spans(len(block), TILE):
@@ -187,8 +187,9 @@ def _store_block(context: _Layout, item: tuple[int, tuple[int, int]]) -> None:
         own = scores.argmax(axis=1)
         cells[first:last] = own
         if context.reach > 0:
-            # The distance of two centroids is 2 at most, so a lower score cannot be within reach.
-            near = np.flatnonzero(scores >= (scores[here, own] - 2 * context.reach)[:, None])
+            # What is lower than this is beyond reach whatever the distance of the two centroids.
+            lowest = scores[here, own] - context.reach * farthest[own]
+            near = np.flatnonzero(scores >= lowest[:, None])
             row, cell = np.divmod(near, len(centroids))
             i = own[row]
             between = np.sqrt(np.maximum(2 - 2 * table[i, cell], 0))

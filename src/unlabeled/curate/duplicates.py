@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, spans
-from unlabeled.curate.kmeans import NO_LIMITS, kmeans, without_work
+from unlabeled.curate.kmeans import NO_LIMITS, train, without_work
 from unlabeled.curate.neighbours import ROUNDING, Recall, components
 from unlabeled.errors import UserError
 
@@ -173,9 +173,10 @@ def _cut(rows: Rows, inside: Integers, resources: Resources) -> NDArray[np.int32
     """Return labels of the parts, none much larger than half of LARGEST, of a component that is too large."""
     some = inside if len(inside) <= 2 * LARGEST else inside[:: len(inside) // LARGEST]
     k = -(-2 * len(inside) // LARGEST)
-    centroids = kmeans(rows.at(some), k, init="random", resources=without_work(resources)).centroids_KD
+    found = train(rows.at(some), k, init="random", resources=without_work(resources))
     labels = [
-        (rows.at(inside[start:stop]) @ centroids.T).argmax(axis=1) for start, stop in spans(len(inside), 8192)
+        (rows.at(inside[start:stop]) @ found.centroids_KD.T).argmax(axis=1)
+        for start, stop in spans(len(inside), 8192)
     ]
     return np.concatenate(labels).astype(np.int32)
 

@@ -18,8 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays
-from unlabeled.curate.kmeans import NO_LIMITS, assign, kmeans, without_work
+from unlabeled.curate.kmeans import NO_LIMITS, assign, train, without_work
 from unlabeled.errors import UserError
+
+STARTED_ON = (
+    32  # rows for each cluster that the first centroids are found with, where rounds of resampling follow
+)
 
 
 @dataclass(frozen=True)
@@ -112,19 +116,21 @@ def _level(
         file = Path(resources.work) / f"round-{number}.npz"
         if not file.is_file():
             if level is None:
-                found = kmeans(vectors, k, iterations=iterations, spherical=spherical, resources=resources)
-                centroids, labels, similarities = found.centroids_KD, found.labels_N, found.similarities_N
+                sample = STARTED_ON * k if rounds else None
+                found = train(
+                    vectors, k, iterations=iterations, spherical=spherical, sample=sample, resources=resources
+                )
             else:
                 kept = closest(level.labels_N, level.similarities_N, keep)
                 some = rows.at(kept)
                 once = replace(without_work(resources), seed=resources.seed + 1000 * number)
                 if len(kept) < k:
                     break  # clusters of copies: there are no more different rows to spread over
-                centroids = kmeans(
-                    some, k, iterations=iterations, spherical=spherical, resources=once
-                ).centroids_KD
-                labels, similarities, _ = assign(vectors, centroids, spherical=spherical, resources=resources)
-            save_arrays(file, centroids=centroids, labels=labels, similarities=similarities)
+                found = train(some, k, iterations=iterations, spherical=spherical, resources=once)
+            labels, similarities = assign(
+                vectors, found.centroids_KD, spherical=spherical, resources=resources
+            )
+            save_arrays(file, centroids=found.centroids_KD, labels=labels, similarities=similarities)
         held = load_arrays(file)
         level = Level(held["centroids"], held["labels"], held["similarities"])
     assert level is not None

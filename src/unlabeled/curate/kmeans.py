@@ -1,6 +1,6 @@
-"""k-means of matrices that do not fit in memory: blocks of matrix products on every core.
+"""k-means of matrices that do not fit in memory: centroids of a sample, then the nearest of each row, in blocks.
 
-Shape suffixes: N rows, D width, K centroids, n rows of a block.
+Shape suffixes: N rows, S rows of the sample, D width, K centroids, n rows of a block.
 """
 
 from __future__ import annotations
@@ -8,31 +8,46 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
-from unlabeled.curate.routing import TILE, Router, routed
 from unlabeled.errors import UserError
 
-RECALL = 0.99  # of labels while the centroids still move
-FARTHEST = 64  # rows a block offers for empty clusters
+ROWS_OF_A_CLUSTER = (
+    256  # that the centroids are found with, at most; more change them little (faiss's number too)
+)
+SPREAD_OVER = 65536  # rows that k-means++ draws from, at most
+SUMMED = 65536  # rows summed in float32 before their sums are added up in float64
 NO_LIMITS = Resources()
 
 
 @dataclass(frozen=True)
-class Clusters:
-    """Result of k-means.
+class Trained:
+    """Centroids of k-means.
 
     Attributes:
         centroids_KD: float32; of length 1 if spherical.
-        labels_N: int32, the nearest centroid of each row.
+        objectives: mean similarity of the sample to its nearest centroids, before each iteration moves these.
+        reseeded: empty clusters that were given the row farthest from its own.
+    """
+
+    centroids_KD: Floats
+    objectives: list[float]
+    reseeded: int
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Centroids, and the nearest one of each row.
+
+    Attributes:
+        centroids_KD, objectives, reseeded: see `Trained`.
+        labels_N: int32.
         similarities_N: float32, cosine to it if spherical, else minus the squared distance.
         counts_K: int64, rows of each.
-        objectives: mean similarity after each iteration.
-        reseeded: empty clusters that were given a new centroid.
-        recall: share of rows whose label is the one that brute force finds, measured on a sample; 1 for few clusters.
     """
 
     centroids_KD: Floats
@@ -41,28 +56,19 @@ class Clusters:
     counts_K: Integers
     objectives: list[float]
     reseeded: int
-    recall: float
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a block needs: the rows, and where the centroids are."""
-
-    rows: Rows
-    router: Router
-    before_N: NDArray[np.int32] | None
-
-
-@dataclass(frozen=True)
-class _State:
-    """Centroids, those of before, and which of those each row was nearest to."""
-
-    centroids_KD: Floats
-    anchors_AD: Floats | None = None
-    labels_N: NDArray[np.int32] | None = None
 
 
 def kmeans(
+    vectors: Any, k: int, *, spherical: bool = True, resources: Resources = NO_LIMITS, **settings: Any
+) -> Clusters:
+    """Cluster rows: centroids by `train`, which takes the same arguments, and the nearest one of each row."""
+    found = train(vectors, k, spherical=spherical, resources=resources, **settings)
+    labels, similarities = assign(vectors, found.centroids_KD, spherical=spherical, resources=resources)
+    counts = np.bincount(labels, minlength=k)
+    return Clusters(found.centroids_KD, labels, similarities, counts, found.objectives, found.reseeded)
+
+
+def train(
     vectors: Any,
     k: int,
     *,
@@ -72,202 +78,133 @@ def kmeans(
     init: str | Floats = "k-means++",
     sample: int | None = None,
     resources: Resources = NO_LIMITS,
-) -> Clusters:
-    """Cluster rows by Lloyd's algorithm.
+) -> Trained:
+    """Find centroids by Lloyd's algorithm, on a sample in memory.
+
+    The result does not depend on the number of workers, so faiss does the products a block and a core at a time: those
+    of its own k-means differ in the last bit from one number of threads to another.
 
     vectors: (N, D). k: number of clusters. iterations: at most; it stops before where the mean similarity improves by
         less than `tolerance` of itself. spherical: rows and centroids of length 1, by cosine; else by Euclidean
-        distance. init: "k-means++", "random" rows, or (K, D) centroids. sample: rows drawn to find the centroids;
-        all rows get a label in any case.
+        distance. init: "k-means++", "random" rows, or (K, D) centroids. sample: rows drawn; 256 a cluster by default,
+        and never more than a quarter of the memory holds.
     Raises UserError where there are fewer rows than clusters.
     """
     rows = Rows(vectors, unit=spherical)
     if not 1 <= k <= len(rows):
         raise UserError(f"{k} clusters of {len(rows)} vectors; between 1 and that many can be made.")
-    given = init if isinstance(init, str) else "given"
     identity = {
         "rows": rows.fingerprint(),
         "k": int(k),
         "iterations": iterations,
         "tolerance": tolerance,
         "spherical": spherical,
-        "init": given if isinstance(init, str) else Rows(init, unit=False).fingerprint(),
+        "init": init if isinstance(init, str) else Rows(init, unit=False).fingerprint(),
         "sample": sample,
         "seed": resources.seed,
         "memory": resources.memory,
     }
     generator = np.random.default_rng([resources.seed, k])
-    training = rows
-    if sample is not None and sample < len(rows):
-        drawn = np.sort(generator.choice(len(rows), max(k, sample), replace=False))
-        training = Rows(rows.at(drawn), unit=spherical)
+    block_SD = _drawn(rows, k, sample, generator, resources)
     with resources.folder("kmeans", identity) as folder:
         file = folder / "centroids.npz"
         if file.is_file():
             held = load_arrays(file)
-            state = _State(held["centroids"], held["anchors"], held["labels"])
-            objectives, reseeded, done = (
-                held["objectives"].tolist(),
-                int(held["reseeded"]),
-                bool(held["done"]),
-            )
+            found = Trained(held["centroids"], held["objectives"].tolist(), int(held["reseeded"]))
+            done = bool(held["done"])
         else:
-            state = _State(_initial(training, k, init, generator))
-            objectives, reseeded, done = [], 0, False
-        while not done and len(objectives) < iterations:
-            state, objective, empty = _iterate(training, state, spherical, resources)
-            reseeded += empty
-            objectives.append(objective)
-            if len(objectives) > 1 and not empty:
-                done = objectives[-1] - objectives[-2] <= tolerance * abs(objectives[-2])
+            found, done = Trained(_initial(block_SD, k, init, generator), [], 0), False
+        while not done and len(found.objectives) < iterations:
+            found, empty = _iterate(block_SD, found, spherical, resources)
+            last = found.objectives[-2:]
+            done = len(last) == 2 and not empty and last[1] - last[0] <= tolerance * abs(last[0])
             if resources.work:
                 save_arrays(
                     file,
-                    centroids=state.centroids_KD,
-                    anchors=state.anchors_AD,
-                    labels=state.labels_N,
-                    objectives=objectives,
-                    reseeded=reseeded,
+                    centroids=found.centroids_KD,
+                    objectives=found.objectives,
+                    reseeded=found.reseeded,
                     done=done,
                 )
-    known = state if training is rows else _State(state.centroids_KD)
-    labels, similarities, recall = assign(
-        vectors,
-        state.centroids_KD,
-        spherical=spherical,
-        anchors_AD=known.anchors_AD,
-        before_N=known.labels_N,
-        resources=resources,
-    )
-    centroids = state.centroids_KD
+    return found
+
+
+def _drawn(
+    rows: Rows, k: int, sample: int | None, generator: np.random.Generator, resources: Resources
+) -> Floats:
+    wanted = ROWS_OF_A_CLUSTER * k if sample is None else sample
+    count = max(k, min(wanted, resources.memory // 4 // (4 * rows.shape[1])))
+    if count >= len(rows):
+        return rows.between(0, len(rows))
+    block_SD = rows.at(np.sort(generator.choice(len(rows), count, replace=False)))
+    rows.release()
+    return block_SD
+
+
+def _iterate(block_SD: Floats, before: Trained, spherical: bool, resources: Resources) -> tuple[Trained, int]:
+    """Move the centroids once; and how many clusters were empty: these get the rows that are farthest from theirs."""
+    k, (size, width) = len(before.centroids_KD), block_SD.shape
+    labels, similarities = assign(block_SD, before.centroids_KD, spherical=spherical, resources=resources)
+    sums = np.zeros((k, width))
+    for start, stop in spans(size, SUMMED):
+        ones, place = np.ones(stop - start, np.float32), np.arange(stop - start)
+        sums += csr_array((ones, (labels[start:stop], place)), shape=(k, stop - start)) @ block_SD[start:stop]
     counts = np.bincount(labels, minlength=k)
-    return Clusters(centroids, labels, similarities, counts, objectives, reseeded, recall)
+    means = sums / np.maximum(counts, 1)[:, None]
+    empty = np.flatnonzero(counts == 0)
+    means[empty] = block_SD[np.argsort(similarities, kind="stable")[: len(empty)]]
+    if spherical:
+        lengths = np.linalg.norm(means, axis=1, keepdims=True)
+        means = np.where(lengths > 0, means / np.maximum(lengths, 1e-30), before.centroids_KD)
+    objective = float(similarities.mean(dtype=np.float64))
+    moved = Trained(means.astype(np.float32), [*before.objectives, objective], before.reseeded + len(empty))
+    return moved, len(empty)
 
 
 def assign(
-    vectors: Any,
-    centroids_KD: Floats,
-    *,
-    spherical: bool = True,
-    recall: float = 0.99,
-    anchors_AD: Floats | None = None,
-    before_N: NDArray[np.int32] | None = None,
-    resources: Resources = NO_LIMITS,
-) -> tuple[NDArray[np.int32], Floats, float]:
-    """Return the nearest centroid of each row, int32 (N,), the similarity to it, float32 (N,), and the recall.
+    vectors: Any, centroids_KD: Floats, *, spherical: bool = True, resources: Resources = NO_LIMITS
+) -> tuple[NDArray[np.int32], Floats]:
+    """Return the nearest centroid of each row, int32 (N,), and the similarity to it, float32 (N,).
 
-    The similarity is the cosine if spherical, else minus the squared distance. recall: wanted, and as measured: the
-        share of rows that get the centroid that brute force finds; 1 for few centroids, see `Router`. anchors_AD,
-        before_N: centroids that are known to be near to the rows, and the one of each row, which saves time.
+    vectors: (N, D). The similarity is the cosine if spherical, else minus the squared distance.
     """
     rows = Rows(vectors, unit=spherical)
     labels, similarities = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
-    router = routed(
-        rows,
-        centroids_KD,
-        spherical=spherical,
-        recall=recall,
-        seed=resources.seed,
-        anchors_AD=anchors_AD,
-        before_N=before_N,
-    )
-    blocks, held = _blocks(rows, len(centroids_KD), resources)
+    row_bytes = 3 * 4 * rows.shape[1]
+    size = resources.block_rows(row_bytes)
+    blocks, held = spans(len(rows), size), size * row_bytes
+    context = (rows, np.ascontiguousarray(centroids_KD), spherical)
     for (start, stop), (label, similarity) in zip(
-        blocks, resources.map(_assign_block, _Step(rows, router, before_N), blocks, held), strict=True
+        blocks, resources.map(_assign_block, context, blocks, held), strict=True
     ):
         labels[start:stop], similarities[start:stop] = label, similarity
-    return labels, similarities, router.recall
+    return labels, similarities
 
 
-def _blocks(rows: Rows, k: int, resources: Resources) -> tuple[list[tuple[int, int]], int]:
-    """Return spans of rows, and the bytes that a block of them holds."""
-    row_bytes = 4 * 4 * rows.shape[1]
-    # Each block returns (K, D) sums, so there are fewer blocks for many centroids.
-    size = min(resources.block_rows(row_bytes), max(8192, 1 << (2 * k).bit_length()))
-    return spans(len(rows), size), size * row_bytes + 2 * 4 * TILE * TILE + 12 * k * rows.shape[1]
+def _assign_block(
+    context: tuple[Rows, Floats, bool], span: tuple[int, int]
+) -> tuple[NDArray[np.int32], Floats]:
+    rows, centroids_KD, spherical = context
+    block = rows.between(*span)
+    rows.release()
+    metric = faiss.METRIC_INNER_PRODUCT if spherical else faiss.METRIC_L2
+    scores, labels = faiss.knn(block, centroids_KD, 1, metric=metric)
+    return labels[:, 0].astype(np.int32), scores[:, 0] if spherical else -scores[:, 0]
 
 
-def _nearest(step: _Step, span: tuple[int, int]) -> tuple[Floats, NDArray[np.int32], Floats]:
-    """Rows of a block, the nearest centroid of each, and the similarity to it."""
-    block = step.rows.between(*span)
-    step.rows.release()
-    before = None if step.before_N is None else step.before_N[slice(*span)]
-    labels, scores = step.router.nearest(block, before)
-    if step.router.half_squares_K is not None:
-        scores = 2 * scores - np.square(block).sum(axis=1)
-    return block, labels, scores
-
-
-def _assign_block(step: _Step, span: tuple[int, int]) -> tuple[NDArray[np.int32], Floats]:
-    return _nearest(step, span)[1:]
-
-
-def _sum_block(
-    step: _Step, span: tuple[int, int]
-) -> tuple[NDArray[np.int32], Floats, Integers, float, Integers, Floats]:
-    """Nearest centroids of a block, sums (K, D) and counts (K,) by them, the similarities' sum, the farthest rows."""
-    block, labels, scores = _nearest(step, span)
-    k = len(step.router.centroids_KD)
-    ones = np.ones(len(block), np.float32)
-    sums = csr_array((ones, (labels, np.arange(len(block)))), shape=(k, len(block))) @ block
-    far = np.argsort(scores, kind="stable")[:FARTHEST]
-    counts = np.bincount(labels, minlength=k)
-    return labels, sums, counts, float(scores.sum(dtype=np.float64)), far + span[0], scores[far]
-
-
-def _iterate(rows: Rows, state: _State, spherical: bool, resources: Resources) -> tuple[_State, float, int]:
-    """Return new centroids, the mean similarity to the old ones, and how many clusters were empty."""
-    centroids_KD = state.centroids_KD
-    router = routed(
-        rows,
-        centroids_KD,
-        spherical=spherical,
-        recall=RECALL,
-        seed=resources.seed,
-        anchors_AD=state.anchors_AD,
-        before_N=state.labels_N,
-    )
-    blocks, held = _blocks(rows, len(centroids_KD), resources)
-    labels = np.empty(len(rows), np.int32)
-    sums = np.zeros(centroids_KD.shape)
-    counts = np.zeros(len(centroids_KD), np.int64)
-    total = 0.0
-    far_rows, far_scores = [], []
-    step = _Step(rows, router, state.labels_N)
-    for (start, stop), (label, part, count, similarity, far, scores) in zip(
-        blocks, resources.map(_sum_block, step, blocks, held), strict=True
-    ):
-        labels[start:stop] = label
-        sums += part
-        counts += count
-        total += similarity
-        far_rows.append(far)
-        far_scores.append(scores)
-    means = sums / np.maximum(counts, 1)[:, None]
-    empty = np.flatnonzero(counts == 0)
-    if len(empty):
-        farthest = np.concatenate(far_rows)[np.argsort(np.concatenate(far_scores), kind="stable")]
-        means[empty] = centroids_KD[empty]
-        empty = empty[: len(farthest)]
-        means[empty] = rows.at(farthest[: len(empty)])
-    if spherical:
-        lengths = np.linalg.norm(means, axis=1, keepdims=True)
-        means = np.where(lengths > 0, means / np.maximum(lengths, 1e-30), centroids_KD)
-    return _State(means.astype(np.float32), centroids_KD, labels), total / len(rows), len(empty)
-
-
-def _initial(rows: Rows, k: int, init: str | Floats, generator: np.random.Generator) -> Floats:
+def _initial(block_SD: Floats, k: int, init: str | Floats, generator: np.random.Generator) -> Floats:
     if not isinstance(init, str):
-        if init.shape != (k, rows.shape[1]):
-            raise ValueError(f"initial centroids {init.shape}, not {(k, rows.shape[1])}")
+        if init.shape != (k, block_SD.shape[1]):
+            raise ValueError(f"initial centroids {init.shape}, not {(k, block_SD.shape[1])}")
         return np.array(init, np.float32)
     if init == "random":
-        return rows.at(np.sort(generator.choice(len(rows), k, replace=False)))
+        return block_SD[np.sort(generator.choice(len(block_SD), k, replace=False))]
     if init != "k-means++":
         raise UserError(f"k-means starts from k-means++, random or centroids, not from {init!r}.")
-    # Of a sample: k passes over all rows would cost more than the iterations.
-    some = np.sort(generator.choice(len(rows), min(len(rows), max(16 * k, 1024), 65536), replace=False))
-    return spread(rows.at(some), k, generator) if len(some) >= k else rows.at(some)
+    # Of fewer: k passes over all rows would cost more than the iterations.
+    count = min(len(block_SD), max(16 * k, 1024), max(k, SPREAD_OVER))
+    some = block_SD[np.sort(generator.choice(len(block_SD), count, replace=False))]
+    return spread(some, k, generator)
 
 
 def spread(block_nD: Floats, k: int, generator: np.random.Generator) -> Floats:

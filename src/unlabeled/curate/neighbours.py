@@ -31,10 +31,10 @@ from unlabeled.weights.files import replacing
 
 ROUNDING = 1e-6  # what the cosine of a vector with itself may lack
 EXACT = 0.5  # share of the distance at which no pair is missed
-QUERIES = (64, 448, 512, 512, 512)  # of the sample, in turns until it has PAIRS
-PAIRS = 4000
+QUERIES = (512, 512, 1024, 2048)  # of the sample, in turns until it has PAIRS
+PAIRS = 2000  # half of them choose the margin, half measure
 PAIRS_OF_A_QUERY = 64  # that count, so that one large group does not decide
-SAFETY = 1.1
+JOINED = 1 << 20  # pairs of a task that are held before only those that connect are kept
 BALLS = 8  # of a large cell
 
 
@@ -71,17 +71,19 @@ class Recall:
     @property
     def bound(self) -> float:
         """What the recall is at least, at 95% confidence (Clopper-Pearson); 0 where there was no pair."""
-        return lower_bound(self.found, self.pairs)
+        return float(lower_bounds(np.array([self.found]), self.pairs)[0])
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ({self.found} of {self.pairs} pairs of {self.queries} vectors)"
+        counts = f"{self.found} of {self.pairs} pairs of {self.queries} vectors"
+        return f"{self.value:.4f} (at least {self.bound:.4f} at 95% confidence; {counts})"
 
 
-def lower_bound(hits: int, trials: int) -> float:
-    """Return what a share is at least, at 95% confidence, one-sided (Clopper-Pearson)."""
+def lower_bounds(hits: Integers, trials: int) -> NDArray[np.float64]:
+    """Return what a share is at least, at 95% confidence, one-sided (Clopper-Pearson), for numbers of hits."""
     from scipy.stats import beta
 
-    return float(beta.ppf(0.05, hits, trials - hits + 1)) if hits else 0.0
+    result: NDArray[np.float64] = np.nan_to_num(beta.ppf(0.05, hits, trials - hits + 1))
+    return result
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def prepared(
         "memory": resources.memory,
     }
     with resources.folder("neighbours", identity) as folder:
-        centroids = find_centroids(rows, folder, resources)
+        centroids = _apart(find_centroids(rows, folder, resources), threshold)
         file, sample_file = folder / "margin.json", folder / "sample.npz"
         if not file.is_file():
             sample = _sample(rows, centroids, threshold, resources)
@@ -186,80 +188,108 @@ def prepared(
         yield Join(cells, threshold, measured, margin), folder
 
 
-def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resources) -> dict[str, NDArray[Any]]:
-    """Return pairs above the threshold by brute force, of rows drawn at random with all others.
+def _apart(centroids_KD: Floats, threshold: float) -> Floats:
+    """Leave out centroids as near to an earlier one as the threshold.
 
-    left, right: rows. needed: the least share of the distance at which the pair is found. query: number of the draw.
+    Thousands of copies of one image draw many centroids, and copies in different cells would probe all of them.
+    """
+    table = centroids_KD @ centroids_KD.T
+    free = np.ones(len(centroids_KD), bool)
+    for number in range(len(centroids_KD)):
+        if free[number]:
+            free[number + 1 :] &= table[number, number + 1 :] < threshold
+    return centroids_KD[free]
+
+
+def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resources) -> dict[str, NDArray[Any]]:
+    """Return pairs of rows drawn at random with all others, by brute force.
+
+    All pairs above the threshold, and of each row that has none the one with its nearest.
+    left, right: rows. is_above: whether the pair is above the threshold. needed: the least share of its distance, or of
+    that of the threshold where it is above, at which the pair is found. query: number of the draw.
     """
     generator = np.random.default_rng([resources.seed, 2])
     drawn = generator.permutation(len(rows))[: sum(QUERIES)] if len(centroids) > 1 else np.empty(0, np.int64)
     size = resources.block_rows(4 * (rows.shape[1] + 1024))
-    left: list[Integers] = []
-    right: list[Integers] = []
+    columns: list[tuple[Integers, Integers, Floats]] = []
     done = count = 0
     for more in QUERIES:
         queries = drawn[done : done + more]
         if not len(queries) or count >= PAIRS:
             break
-        context = _Queries(rows, rows.at(queries), threshold)
+        context = _Queries(rows, queries, rows.at(queries), threshold)
         blocks = spans(len(rows), size)
         held = 4 * size * (rows.shape[1] + 1024)
-        which, row = (
+        query, row, cosine = (
             np.concatenate(column)
             for column in zip(*resources.map(_search_block, context, blocks, held), strict=True)
         )
-        different = queries[which] != row
-        which, row = _some(which[different] + done, row[different], generator)
-        left.append(which)
-        right.append(row)
+        kept = _some(query, cosine, threshold, generator)
+        columns.append((query[kept] + done, row[kept], cosine[kept]))
         done += len(queries)
-        count += len(row)
-    query = np.concatenate(left) if left else np.empty(0, np.int64)
-    pairs_right = np.concatenate(right) if right else np.empty(0, np.int64)
-    pairs_left = drawn[query]
-    needed = np.empty(len(pairs_left), np.float32)
-    reach = max(float(np.sqrt(2 - 2 * threshold)), 1e-6)
+        count += int((cosine[kept] >= threshold - ROUNDING).sum())
+    if not columns:
+        columns = [(drawn, drawn, np.empty(0, np.float32))]
+    query, right, cosine = (np.concatenate(column) for column in zip(*columns, strict=True))
+    left = drawn[query]
+    needed = np.empty(len(left), np.float32)
+    distance = np.sqrt(np.maximum(2 - 2 * np.minimum(cosine, threshold), 1e-12))
     table = centroids @ centroids.T
     for start, stop in spans(len(needed), 4096):
-        a = rows.at(pairs_left[start:stop]) @ centroids.T
-        b = rows.at(pairs_right[start:stop]) @ centroids.T
+        a = rows.at(left[start:stop]) @ centroids.T
+        b = rows.at(right[start:stop]) @ centroids.T
         i, j, here = a.argmax(axis=1), b.argmax(axis=1), np.arange(len(a))
         between = np.sqrt(np.maximum(2 - 2 * table[i, j], 1e-12))
         either = np.minimum(a[here, i] - a[here, j], b[here, j] - b[here, i]) / between
-        needed[start:stop] = np.where(i == j, 0, either / reach)
+        needed[start:stop] = np.where(i == j, 0, either / distance[start:stop])
     return {
-        "left": pairs_left,
-        "right": pairs_right,
+        "left": left,
+        "right": right,
+        "is_above": cosine >= threshold - ROUNDING,
         "needed": needed,
         "query": query,
         "queries": np.array(done),
     }
 
 
-def _some(query: Integers, row: Integers, generator: np.random.Generator) -> tuple[Integers, Integers]:
-    """Return at most PAIRS_OF_A_QUERY pairs of each query, drawn at random."""
-    order = np.lexsort((generator.random(len(query)), query))
+def _some(
+    query: Integers, cosine: Floats, threshold: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Whether each pair is of the sample: PAIRS_OF_A_QUERY above the threshold at most, at random, or else the nearest.
+
+    Pairs of a query that are below the threshold are those nearest to it in each block.
+    """
+    above = cosine >= threshold - ROUNDING
+    order = np.lexsort((generator.random(len(query)), np.where(above, 0, -cosine), ~above, query))
     _, starts, counts = np.unique(query[order], return_index=True, return_counts=True)
-    kept = order[np.arange(len(order)) - np.repeat(starts, counts) < PAIRS_OF_A_QUERY]
-    return query[kept], row[kept]
+    rank = np.arange(len(order)) - np.repeat(starts, counts)
+    kept = np.zeros(len(query), bool)
+    kept[order] = (rank < PAIRS_OF_A_QUERY) & above[order] | (rank == 0)
+    return kept
 
 
 def _margin(sample: dict[str, NDArray[Any]], recall: float) -> float:
-    """Return the share of the distance at which cells are probed.
+    """Return the share of the distance at which cells are probed: the least that finds enough of the sample's pairs.
 
-    A tenth more than what gives a recall halfway between the wanted one and 1 on the first half of the queries, as
-    the tail of a sample is uncertain; the other half measures (`_measured`).
+    Of the first half of the queries, as the other half measures (`_measured`). Enough are so many that the recall of
+    all pairs is the wanted one at 95% confidence. Where too few pairs are above the threshold to say so, those of rows
+    with their nearest stand in for them: they are farther apart, so more of them lie in different cells.
     """
-    needed = np.sort(sample["needed"][sample["query"] % 2 == 0])
-    if not len(needed) or recall == 1:
+    chooses = sample["query"] % 2 == 0
+    needed = sample["needed"][chooses & sample["is_above"]]
+    if recall == 1 or not chooses.any():
         return EXACT
-    place = int(np.ceil((1 + recall) / 2 * len(needed))) - 1
-    return min(EXACT, SAFETY * float(needed[place]))
+    if lower_bounds(np.array([len(needed)]), len(needed))[0] < recall:
+        needed = sample["needed"][chooses]
+    needed = np.sort(needed)[::-1]
+    missed = np.arange(len(needed))
+    most = int((lower_bounds(len(needed) - missed, len(needed)) >= recall).sum()) - 1
+    return min(EXACT, float(needed[max(0, most)]))
 
 
 def _measured(cells: Cells, sample: dict[str, NDArray[Any]]) -> Recall:
     """Return the recall of the second half of the sample's pairs: whether either vector is compared with the other."""
-    held_out = sample["query"] % 2 == 1
+    held_out = sample["is_above"] & (sample["query"] % 2 == 1)
     places = np.empty(len(cells.order_N), np.int64)
     places[cells.order_N] = np.arange(len(places))
     left, right = places[sample["left"][held_out]], places[sample["right"][held_out]]
@@ -272,20 +302,33 @@ def _measured(cells: Cells, sample: dict[str, NDArray[Any]]) -> Recall:
 @dataclass(frozen=True)
 class _Queries:
     rows: Rows
+    numbers_Q: Integers
     queries_QD: Floats
     threshold: float
 
 
-def _search_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers]:
-    """Numbers of queries and rows of the pairs above the threshold, of a block of rows."""
+def _search_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers, Floats]:
+    """Pairs of queries with a block of rows, above the threshold and the nearest: their number, row and cosine."""
     block = context.rows.between(*span)
     context.rows.release()
-    queries, rows = [], []
+    count = len(context.queries_QD)
+    columns, nearest, best = [], np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
+    inside = (context.numbers_Q >= span[0]) & (context.numbers_Q < span[1])
     for first, last in spans(len(block), TILE):
-        query, row, _ = _above(context.queries_QD, block[first:last], context.threshold)
-        queries.append(query)
-        rows.append(row + first + span[0])
-    return np.concatenate(queries), np.concatenate(rows)
+        cosines = context.queries_QD @ block[first:last].T
+        place = context.numbers_Q - span[0] - first
+        itself = np.flatnonzero(inside & (place >= 0) & (place < last - first))
+        cosines[itself, place[itself]] = -2
+        tops = cosines.argmax(axis=1)
+        top = cosines[np.arange(count), tops]
+        nearest, best = np.where(top > best, tops + first, nearest), np.maximum(best, top)
+        some = np.flatnonzero(top >= context.threshold - ROUNDING)
+        query, row = np.nonzero(cosines[some] >= context.threshold - ROUNDING)
+        columns.append((some[query], row + first + span[0], cosines[some[query], row]))
+    lower = np.flatnonzero(best < context.threshold - ROUNDING)
+    columns.append((lower, nearest[lower] + span[0], best[lower]))
+    query, row, cosine = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return query, row, cosine
 
 
 def _above(left_nD: Floats, right_nD: Floats, threshold: float) -> tuple[Integers, Integers, Floats]:
@@ -312,20 +355,25 @@ def _connect_cells(context: tuple[Join, Path], item: tuple[int, tuple[int, int]]
     join, folder = context
     number, span = item
     order = join.cells.order_N
-    left, right, count = np.empty(0, np.int64), np.empty(0, np.int64), 0
+    left, right, count, held = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0, 0
     for cell in range(*span):
         balls = _balls(join, cell)
         for ball in range(int(balls.max(initial=-1)) + 1):
             inside = order[join.cells.members_N[join.cells.starts[cell] + np.flatnonzero(balls == ball)]]
             count += len(inside) * (len(inside) - 1) // 2
-            left, right = np.append(left, np.full(len(inside) - 1, inside[0])), np.append(right, inside[1:])
+            left.append(np.full(len(inside) - 1, inside[0]))
+            right.append(inside[1:])
         for pairs in _cell_pairs(join, cell, balls):
             count += len(pairs.left_P)
-            left, right = forest(
-                np.concatenate((left, order[pairs.left_P])), np.concatenate((right, order[pairs.right_P]))
-            )
+            held += len(pairs.left_P)
+            left.append(order[pairs.left_P])
+            right.append(order[pairs.right_P])
+            if held > JOINED:
+                left, right = ([part] for part in forest(np.concatenate(left), np.concatenate(right)))
+                held = 0
     join.cells.stored.release()
-    save_arrays(folder / f"connected-{number:06d}.npz", left=left, right=right, count=count)
+    fewest = forest(np.concatenate(left), np.concatenate(right))
+    save_arrays(folder / f"connected-{number:06d}.npz", left=fewest[0], right=fewest[1], count=count)
 
 
 def _balls(join: Join, cell: int) -> Integers:

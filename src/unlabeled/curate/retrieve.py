@@ -69,7 +69,7 @@ def from_seed_clusters(
     """
     if per_cluster < 1 or most < 1:
         raise UserError(f"{per_cluster} images of a cluster, {most} of all; it takes one of each at least.")
-    labels, *_ = assign(seeds, clusters.centroids_KD, resources=resources)
+    labels, _ = assign(seeds, clusters.centroids_KD, resources=resources)
     chosen = np.flatnonzero(np.bincount(labels, minlength=len(clusters.centroids_KD)) > more_than)
     generator = np.random.default_rng([resources.seed, 4])
     order = generator.permutation(len(clusters.labels_N))
