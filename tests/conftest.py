@@ -2,12 +2,16 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from unlabeled.errors import UserError
+from unlabeled.ray_cluster import connected
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -19,6 +23,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of two workers, one for all tests."""
+    pytest.importorskip("ray", reason="Ray is not installed (the extra scale)")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(connected(workers=2))
+        except UserError as error:
+            if "did not start" not in str(error):
+                raise
+            pytest.skip(str(error))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,18 @@ def test_ranks_share_the_shards(
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
+@pytest.mark.usefixtures("small_shards", "local_ray")
+def test_ray_writes_the_same_table(tile_folder: Path, saved: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "images.csv"
+    paths = [str(path) for path in sorted(tile_folder.rglob("*.*"))]
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    bad.write_text("path\n" + "\n".join([*paths[:5], str(tmp_path / "bad.png"), *paths[5:]]) + "\n")
+    for name, ray in (("one", None), ("two", "local")):
+        table = embed(bad, saved, tmp_path / name, ray=ray)
+        assert len(table) == len(paths) and table.bad_files == 1
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
 @pytest.mark.usefixtures("small_shards")
 def test_bad_files_are_in_the_report_and_not_in_the_table(
     tile_folder: Path, saved: Path, tmp_path: Path, photograph: np.ndarray

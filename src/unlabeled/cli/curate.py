@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from unlabeled.cli.options import DataArgument, Device, Json, app, console, print_json
+from unlabeled.cli.options import DataArgument, Device, Json, Ray, app, console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +60,7 @@ SHARED: dict[str, Any] = {
     "shards": Annotated[
         bool, typer.Option("--shards", help="Write tar shards, not a list, where DATA is files.")
     ],
+    "ray": Ray,
     "device": Device,
     "as_json": Json,
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unlabeled.cli.options import DataArgument, Device, Json, ModelOption, app, console, print_json
+from unlabeled.cli.options import DataArgument, Device, Json, ModelOption, Ray, app, console, print_json
 
 
 @app.command()
@@ -33,6 +33,7 @@ def embed(
     ] = False,
     batch_size: Annotated[int | None, typer.Option(help="Images at once.")] = None,
     device: Device = "auto",
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Turn images into vectors: a feature table. Search, curation and evaluation read it."""
@@ -49,7 +50,7 @@ def embed(
         fast = False
     table = run_embed(
         data, model, out, kind=kind, layer=layer, size=size, shape=shape, dtype=dtype, fast=fast,  # type: ignore[arg-type]
-        device=device, batch_size=batch_size, console=terminal,
+        device=device, batch_size=batch_size, ray=ray, console=terminal,
     )  # fmt: skip
     count, bad = len(table), table.bad_files
     result = {

@@ -22,6 +22,12 @@ Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on standard output; the rest on standard error.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", help="Run on a Ray cluster: local (started here), auto (this machine's) or HOST:PORT."
+    ),
+]
 DataArgument = Annotated[
     str, typer.Argument(help="A folder, tar shards, Parquet, a text or CSV list of paths, or hf:NAME.")
 ]

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from unlabeled.ahead import ahead
+from unlabeled.atomic import replacing
 from unlabeled.errors import UserError, writing
-from unlabeled.weights.files import replacing
 
 Context = TypeVar("Context")
 Item = TypeVar("Item")

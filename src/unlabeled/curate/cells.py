@@ -31,7 +31,9 @@ TRAINED_ON = 32  # vectors for each cell that the centroids are found with
 ITERATIONS = 6  # of finding them
 CELLS_OF_A_TASK = 8
 LEAST_MEMORY = 1 << 27
-BYTES_OF_A_ROW = 100  # held in memory for each vector, whatever its width: its numbers, cell, probes and set
+BYTES_OF_A_ROW = (
+    500  # held in memory for each vector, whatever its width: its numbers, cell, set, some 20 probes
+)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from unlabeled.curate.blocks import Context, Item, Result
 from unlabeled.errors import UserError
+from unlabeled.ray_cluster import LOCAL, connected
 
 RETRIES = 3  # of a block whose worker died
 
@@ -79,32 +80,7 @@ def _result(block: Any) -> Any:
 
 
 @contextmanager
-def cluster(address: str | None = None, workers: int = 0) -> Iterator[RayExecutor]:
-    """Give an executor on a Ray cluster; it is left as it was.
-
-    address: of a running cluster, "auto" for the one this machine is part of; None starts one here. workers: of one
-        started here; 0 is one for each core.
-    Raises UserError where Ray is not installed or the cluster cannot be reached.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("Many machines need Ray: pip install 'unlabeled[scale]'.") from error
-    if ray.is_initialized():
+def cluster(address: str = LOCAL, workers: int = 0) -> Iterator[RayExecutor]:
+    """Give an executor on a Ray cluster; address, workers, raises: see `connected`."""
+    with connected(address, workers):
         yield RayExecutor()
-        return
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers or None}
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, **options)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"No Ray cluster at {address}: {error}") from error
-    except Exception as error:  # Ray raises no class of its own where its processes do not answer in time
-        if "timed out during startup" not in str(error):
-            raise
-        raise UserError(
-            "Ray did not start in its 30 seconds; this machine is too busy or short of memory."
-        ) from error
-    try:
-        yield RayExecutor()
-    finally:
-        ray.shutdown()

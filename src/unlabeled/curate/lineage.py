@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
+from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Integers
 from unlabeled.errors import writing
-from unlabeled.weights.files import replacing
 
 ROWS = pa.schema(
     [

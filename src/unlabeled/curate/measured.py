@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from unlabeled.ahead import ahead
+from unlabeled.atomic import replacing
 from unlabeled.curate.hashes import perceptual_hash
 from unlabeled.curate.quality import SHORT_SIDE, Measures, measure, shrunk_grey
 from unlabeled.errors import UserError, writing
 from unlabeled.features.table import content_hash
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.headers import jpeg_header
-from unlabeled.images.sources import Source
+from unlabeled.images.sources import Source, open_source
 from unlabeled.progress import Progress
-from unlabeled.weights.files import replacing
+from unlabeled.ray_cluster import on_workers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,41 +69,75 @@ class Measured:
 
 
 def measure_source(
-    source: Source, folder: Path, *, scorer: str = "", workers: int = 0, console: Console | None = None
+    source: Source,
+    folder: Path,
+    *,
+    scorer: str = "",
+    workers: int = 0,
+    on_ray: str | None = None,
+    console: Console | None = None,
 ) -> list[Path]:
     """Measure all images of a source into Parquet shards, but for those that are there, and return these.
 
-    scorer: "module:function" of RGB pixels, or "".
+    scorer: "module:function" of RGB pixels, or "". on_ray: DATA that the source is, to be opened by the workers of the
+        Ray cluster that this process is connected to.
     Raises UserError: the scorer cannot be imported or fails, the disk is full.
     """
     function = load_scorer(scorer) if scorer else None
-    starts = range(0, len(source), SHARD)
-    shards = [folder / f"{number:06}.parquet" for number in range(len(starts))]
-    waiting = [(shard, start) for shard, start in zip(shards, starts, strict=True) if not shard.exists()]
-    done = len(source) - sum(min(SHARD, len(source) - start) for _, start in waiting)
+    count = -(-len(source) // SHARD)
+    shards = [_shard(folder, number) for number in range(count)]
+    waiting = [number for number in range(count) if not shards[number].exists()]
+    done = len(source) - sum(len(_images(number, len(source))) for number in waiting)
     if not waiting:
         return shards
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    bar = Progress(console, "measuring", "image", done, len(source)) if console else None
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        if bar:
-            bar.__enter__()
-        try:
-            for shard, start in waiting:
-                indices = range(start, min(len(source), start + SHARD))
-                rows = []
-                for row in ahead(pool, lambda index: measured(source, index, function), indices):
-                    rows.append(row)
-                    done += 1
-                    if bar:
-                        bar.update(done, "")
-                with writing(shard), replacing(shard) as part:
-                    pq.write_table(_table(rows), part)
-        finally:
-            if bar:
-                bar.__exit__()
+    with (
+        Progress(console, "measuring", "image", done, len(source)) if console else nullcontext() as bar,
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+    ):
+        if on_ray is not None:
+            for images in on_workers(_Measurer, (on_ray, folder, scorer), waiting):
+                done += images
+                if bar:
+                    bar.update(done, "")
+            return shards
+        for number in waiting:
+            rows = []
+            indices = _images(number, len(source))
+            for row in ahead(pool, lambda index: measured(source, index, function), indices):
+                rows.append(row)
+                done += 1
+                if bar:
+                    bar.update(done, "")
+            _write(shards[number], rows)
     return shards
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.parquet"
+
+
+def _images(number: int, count: int) -> range:
+    return range(number * SHARD, min(count, (number + 1) * SHARD))
+
+
+def _write(shard: Path, rows: list[Measured]) -> None:
+    with writing(shard), replacing(shard) as part:
+        pq.write_table(_table(rows), part)
+
+
+class _Measurer:
+    """Measures one shard after another, in a process of its own."""
+
+    def __init__(self, data: str, folder: Path, scorer: str) -> None:
+        self.source, self.folder = open_source(data), folder
+        self.scorer = load_scorer(scorer) if scorer else None
+
+    def __call__(self, number: int) -> int:
+        rows = [measured(self.source, index, self.scorer) for index in _images(number, len(self.source))]
+        _write(_shard(self.folder, number), rows)
+        return len(rows)
 
 
 def measured(source: Source, index: int, scorer: Scorer | None = None) -> Measured:

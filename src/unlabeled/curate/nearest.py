@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
 from unlabeled.curate.cells import FEW, TILE, Cells, cell_count, check_memory, find_centroids, lay_out
 from unlabeled.curate.kmeans import NO_LIMITS
 from unlabeled.curate.neighbours import ROUNDING, Recall
 from unlabeled.errors import UserError
-from unlabeled.weights.files import replacing
 
 SAMPLE = 1024  # queries: the first half chooses the number of probes, the second measures
 

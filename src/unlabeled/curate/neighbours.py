@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
 from unlabeled.curate.cells import TILE, Cells, check_memory, find_centroids, lay_out
 from unlabeled.curate.components import UnionFind, forest
 from unlabeled.curate.kmeans import NO_LIMITS
 from unlabeled.errors import UserError
-from unlabeled.weights.files import replacing
 
 ROUNDING = 1e-6  # what the cosine of a vector with itself may lack
 EXACT = 0.5  # share of the distance at which no pair is missed

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Integers
 from unlabeled.errors import UserError, writing
 from unlabeled.features.table import content_hash
 from unlabeled.images.files import FileSource
 from unlabeled.images.sources import IMAGE_SUFFIXES, LIST_NAME, Source
 from unlabeled.progress import Progress
-from unlabeled.weights.files import replacing
 
 SHARD_IMAGES = 4096
 SIGNATURES = (

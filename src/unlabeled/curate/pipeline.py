@@ -14,27 +14,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unlabeled.atomic import replacing
 from unlabeled.curate import steps as do
 from unlabeled.curate.blocks import Integers
 from unlabeled.curate.collect import collect, is_url_list
+from unlabeled.curate.distributed import RayExecutor, cluster
 from unlabeled.curate.lineage import Outcome, held, kept_or_made, write_lineage
 from unlabeled.curate.measured import measure_source
 from unlabeled.curate.output import write_output
 from unlabeled.curate.recipe import NO_MODEL, STEPS, CurateRecipe, resolved
 from unlabeled.curate.report import write_report
+from unlabeled.curate.work import Work, hash_of
 from unlabeled.errors import UserError, writing
 from unlabeled.features.table import content_hash
 from unlabeled.images.sources import Source, open_source
 from unlabeled.pretrain.recipes import write_recipe
 from unlabeled.progress import Progress
-from unlabeled.weights.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,6 +75,7 @@ def curate(
     shards: bool = False,
     memory: str | None = None,
     workers: int | None = None,
+    ray: str | None = None,
     device: str = "auto",
     overrides: dict[str, Any] | None = None,
     console: Console | None = None,
@@ -91,6 +95,8 @@ def curate(
         steps: some of quality, duplicates, decontaminate, retrieve, cluster.
         shards: write tar shards also where DATA is files.
         memory: that arrays may take, as "4GB". workers: threads; neither changes the result.
+        ray: run on a Ray cluster: "local" starts one here, "auto" is the one that this machine is part of, else
+            HOST:PORT. DATA and `out` are at the same place on all its machines. The result is the same.
         overrides: dotted recipe fields, as {"quality.min_blur": 40}.
         console: where progress is shown; nowhere by default.
 
@@ -104,6 +110,7 @@ def curate(
         "cluster.count": count,
         "run.memory": memory,
         "run.workers": workers,
+        "run.ray": ray,
     }
     values = resolved(recipe, given)
     folder = Path(out).expanduser()
@@ -125,21 +132,17 @@ def curate(
     name = (
         f"measured-{hashlib.sha256(pixels_scorer.encode()).hexdigest()[:8]}" if pixels_scorer else "measured"
     )
-    measured = measure_source(
-        source, folder / "work" / name, scorer=pixels_scorer, workers=values.run.workers, console=console
-    )
-    work = do.Work(
-        text,
-        source,
-        folder / "work",
-        measured,
-        values,
-        exclude_data,
-        seed_data,
-        device=device,
-        console=console,
-    )
-    outcomes, alive = _run(work, wanted)
+    kept = folder.absolute() / "work"
+    with _executor(values) as executor:
+        measured = measure_source(
+            source, kept / name, scorer=pixels_scorer, workers=values.run.workers,
+            on_ray=text if executor else None, console=console,
+        )  # fmt: skip
+        work = Work(
+            text, source, kept, measured, values, exclude_data, seed_data, device=device,
+            executor=executor, console=console,
+        )  # fmt: skip
+        outcomes, alive = _run(work, wanted)
     counts = _counts(len(source), outcomes)
     report = folder / "report"
     keys = work.column("key")
@@ -178,6 +181,16 @@ def report(curated: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     if _counts(len(source), outcomes) != counts:
         raise UserError(f"{folder} was run with another recipe since, and stopped; run it again to go on.")
     return write_report(folder / "report", source, outcomes, counts), counts
+
+
+@contextmanager
+def _executor(recipe: CurateRecipe) -> Iterator[RayExecutor | None]:
+    """What runs the blocks: a Ray cluster, or else threads."""
+    if not recipe.run.ray:
+        yield None
+        return
+    with cluster(recipe.run.ray, recipe.run.workers) as executor:
+        yield executor
 
 
 def _several(data: str | Path | Sequence[str | Path]) -> list[str]:
@@ -282,7 +295,7 @@ def _write_state(folder: Path, data: str, source: Source, counts: dict[str, Any]
         part.write_text(json.dumps(state, indent=2) + "\n")
 
 
-def _run(work: do.Work, wanted: list[str]) -> tuple[list[Outcome], Integers]:
+def _run(work: Work, wanted: list[str]) -> tuple[list[Outcome], Integers]:
     """Do the steps; what each decided, and the images that are left."""
     recipe = work.recipe
     everything: dict[str, Any] = {"images": len(work.source), "measured": work.measured[0].parent.name}
@@ -294,7 +307,7 @@ def _run(work: do.Work, wanted: list[str]) -> tuple[list[Outcome], Integers]:
         nonlocal alive
         if not len(alive):
             return None
-        identity = everything | given | {"alive": do.hash_of(alive), "seed": recipe.run.seed}
+        identity = everything | given | {"alive": hash_of(alive), "seed": recipe.run.seed}
         outcome = kept_or_made(work.folder / "steps", name, identity, make)
         outcomes.append(outcome)
         alive = np.setdiff1d(alive, outcome.dropped, assume_unique=True)

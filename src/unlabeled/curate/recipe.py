@@ -114,6 +114,7 @@ class RunRecipe:
     seed: int = 0  # of everything random
     workers: int = 0  # threads; 0: one for each core
     memory: str = "4GB"  # that arrays may take, mapped files excepted
+    ray: str = ""  # of a Ray cluster: local (started here), auto or HOST:PORT; none: threads
 
 
 @dataclass(frozen=True)

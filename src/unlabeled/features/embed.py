@@ -6,8 +6,9 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
 from unlabeled.images.sources import Source, lasting, open_source
 from unlabeled.progress import Progress
+from unlabeled.ray_cluster import connected, on_workers
 from unlabeled.weights.files import replacing
 
 if TYPE_CHECKING:
@@ -63,13 +65,14 @@ def embed(
     fast: bool = False,
     device: str = "auto",
     batch_size: int | None = None,
+    ray: str | None = None,
     console: Console | None = None,
 ) -> FeatureTable:
     """Write the features of all images of DATA to a feature table, and open it.
 
     A table that is there already is gone on with: what is done is kept, images of another DATA are added. A table
     that was stopped and gone on with is the same, to the last bit, as one that was not. Under torchrun, or with
-    RANK and WORLD_SIZE set, each process writes its own shards of one table.
+    RANK and WORLD_SIZE set, each process writes its own shards of one table; with Ray, each worker the next one.
 
     Args:
         data: DATA.
@@ -77,6 +80,8 @@ def embed(
         out: the table's folder.
         kind, layer, size, shape, fast, device, batch_size: see `Extractor`.
         dtype: float32 or float16; by default float16 for grids and float32 for vectors.
+        ray: run on the workers of a Ray cluster: "local" starts one here, "auto" is the one that this machine is part
+            of, else HOST:PORT. DATA and `out` are at the same place on all its machines.
         console: where progress is shown; nowhere by default.
 
     Raises:
@@ -84,19 +89,29 @@ def embed(
             when it was begun, no image can be read, or the disk is full.
     """
     folder, source = Path(out).expanduser(), open_source(data)
-    extractor = Extractor(
-        model, kind, layer=layer, size=size, shape=shape, fast=fast, calibrate=lasting(data), device=device,
-        batch_size=batch_size,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "kind": kind, "layer": layer, "size": size, "shape": shape, "fast": fast, "calibrate": lasting(data),
+        "device": device, "batch_size": batch_size,
+    }  # fmt: skip
+    extractor = Extractor(model, **settings)
     dtype = dtype or ("float16" if extractor.is_grid else "float32")
     if dtype not in ("float16", "float32"):
         raise UserError(f"A table holds float32 or float16, not {dtype}.")
     number, shard_images = _joined(folder, extractor, source, lasting(data), np.dtype(dtype))
     bad = BadFiles(folder / "bad_files.jsonl")
     begun, tried = time.monotonic(), 0
-    for count in _write_shards(
-        folder, number, shard_images, source, extractor, np.dtype(dtype), bad, console
-    ):
+    shards = _Shards(folder.absolute(), number, shard_images, len(source), np.dtype(dtype))
+    if ray is None:
+        rank, world = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        ours = range(rank, shards.count, world)
+        counts = _write_shards(shards, ours, source, extractor, bad, console)
+    else:
+        if isinstance(model, str | Path) and Path(model).expanduser().exists():
+            model = Path(model).expanduser().absolute()  # a worker may be in another folder
+        counts = _write_on_ray(shards, (lasting(data), model, settings), ray, bad, console)
+    for count in counts:
         tried += count
     seconds = time.monotonic() - begun
     table = FeatureTable(folder)
@@ -159,38 +174,95 @@ def _dimension(extractor: Extractor) -> int:
     return int(config.width * (2 if extractor.kind == "cls+mean" else 1))
 
 
+@dataclass(frozen=True)
+class _Shards:
+    """A source's part of a table, in shards of consecutive images.
+
+    Attributes:
+        number: of the source in the table.
+        size: images of a shard, less in the last one. images: of the source.
+    """
+
+    folder: Path
+    number: int
+    size: int
+    images: int
+    dtype: np.dtype[Any]
+
+    @property
+    def count(self) -> int:
+        return -(-self.images // self.size)
+
+    def images_of(self, shard: int) -> range:
+        return range(shard * self.size, min(self.images, (shard + 1) * self.size))
+
+    def path_of(self, shard: int) -> Path:
+        return self.folder / f"{self.number:03}-{shard:06}.parquet"
+
+    def waiting(self, ours: Iterable[int]) -> list[int]:
+        """Those that are not there yet."""
+        return [shard for shard in ours if not self.path_of(shard).exists()]
+
+
 def _write_shards(
-    folder: Path,
-    number: int,
-    shard_images: int,
+    shards: _Shards,
+    ours: Sequence[int],
     source: Source,
     extractor: Extractor,
-    dtype: np.dtype[Any],
     bad: BadFiles,
-    console: Console | None,
+    console: Console | None = None,
 ) -> Iterator[int]:
-    """Write this process's shards that are not there yet; gives how many images each has."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    ours = range(rank, -(-len(source) // shard_images), world)
-    places = {shard: folder / f"{number:03}-{shard:06}.parquet" for shard in ours}
-    ranges = {
-        shard: range(shard * shard_images, min(len(source), (shard + 1) * shard_images)) for shard in ours
-    }
-    total = sum(len(ranges[shard]) for shard in ours)
-    waiting = [shard for shard in ours if not places[shard].exists()]
-    done = total - sum(len(ranges[shard]) for shard in waiting)
+    """Write those of our shards that are not there yet; gives how many images each has."""
+    total = sum(len(shards.images_of(shard)) for shard in ours)
+    waiting = shards.waiting(ours)
+    done = total - sum(len(shards.images_of(shard)) for shard in waiting)
     if not waiting:
         return
     with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 1)) as pool, _shown(console, done, total) as show:
-        indices = itertools.chain.from_iterable(ranges[shard] for shard in waiting)
+        indices = itertools.chain.from_iterable(shards.images_of(shard) for shard in waiting)
         loaded = ahead(pool, lambda index: _load(source, index, extractor), indices)
         for shard in waiting:
-            count = len(ranges[shard])
+            count = len(shards.images_of(shard))
             images = itertools.islice(loaded, count)
             _write_shard(
-                places[shard], images, source, extractor, dtype, bad, lambda one: show(one, bad.count)
+                shards.path_of(shard),
+                images,
+                source,
+                extractor,
+                shards.dtype,
+                bad,
+                lambda one: show(one, bad.count),
             )
             yield count
+
+
+def _write_on_ray(
+    shards: _Shards,
+    opened: tuple[str, str | Path | VisionTransformer, dict[str, Any]],
+    address: str,
+    bad: BadFiles,
+    console: Console | None,
+) -> Iterator[int]:
+    """The same by the workers of a Ray cluster, each with a model of its own."""
+    waiting = shards.waiting(range(shards.count))
+    left = sum(len(shards.images_of(shard)) for shard in waiting)
+    with connected(address), _shown(console, shards.images - left, shards.images) as show:
+        for count in on_workers(_ShardWriter, (shards, *opened), waiting, opened[2]["device"] != "cpu"):
+            show(count, bad.catch_up())
+            yield count
+
+
+class _ShardWriter:
+    """Writes one shard after another, in a process of its own."""
+
+    def __init__(
+        self, shards: _Shards, data: str, model: str | Path | VisionTransformer, settings: dict[str, Any]
+    ) -> None:
+        self.shards, self.source, self.extractor = shards, open_source(data), Extractor(model, **settings)
+        self.bad = BadFiles(shards.folder / "bad_files.jsonl")
+
+    def __call__(self, shard: int) -> int:
+        return sum(_write_shards(self.shards, [shard], self.source, self.extractor, self.bad))
 
 
 class _shown:  # noqa: N801  (a context manager, used as a function)

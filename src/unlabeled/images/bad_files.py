@@ -28,6 +28,11 @@ class BadFiles:
         """Number of bad files so far."""
         return len(self.keys)
 
+    def catch_up(self) -> int:
+        """Read what other processes noted; the number of bad files now."""
+        self._catch_up()
+        return self.count
+
     def add(self, key: str, reason: str) -> None:
         """Note a file, unless it is noted already."""
         if key in self.keys:

@@ -1,0 +1,105 @@
+"""A Ray cluster, and numbered pieces of work done by its workers with Ray Data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from unlabeled.errors import UserError
+
+LOCAL = "local"  # as an address: a Ray that is started here, and ends with the work
+
+
+@contextmanager
+def connected(address: str = LOCAL, workers: int = 0) -> Iterator[None]:
+    """Connect this process to a Ray cluster; one that it is connected to already stays so.
+
+    address: "local" starts Ray here; "auto" is the cluster that this machine is part of; else HOST:PORT.
+    workers: of one started here; 0 is one for each core.
+    Raises UserError where Ray is not installed or the cluster cannot be reached.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("Ray is not installed: pip install 'unlabeled[scale]'.") from error
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"num_cpus": workers or None} if address == LOCAL else {"address": address}
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"No Ray cluster at {address}: {error}") from error
+    except Exception as error:  # Ray raises no class of its own where its processes do not answer in time
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not start in its 30 seconds; this machine is too busy or short of memory."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def on_workers(
+    make: Callable[..., Callable[[int], int]],
+    arguments: tuple[Any, ...],
+    numbers: Sequence[int],
+    gpu: bool = False,
+) -> Iterator[int]:
+    """Give make(*arguments)(number) of each number, as they are done, by the cluster that this process is connected to.
+
+    Each worker makes its function once, as one that loads a model should. A worker that dies is started again, and what
+    it was at is done again.
+
+    gpu: give each worker a GPU of the cluster, if it has any.
+    Raises what the function raises, where that is a UserError.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    if not numbers:
+        return
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if gpu else 0
+    count = min(len(numbers), gpus or max(1, int(resources.get("CPU", 1))))
+    items = ray.data.from_items(
+        [{"number": int(number)} for number in numbers], override_num_blocks=len(numbers)
+    )
+    done = items.map_batches(
+        _Worker, batch_size=1, compute=ActorPoolStrategy(size=count), fn_constructor_args=(make, arguments),
+        num_cpus=1, num_gpus=1 if gpus else None,
+    )  # fmt: skip
+    try:
+        for row in done.iter_rows():
+            yield int(row["result"])
+    except (
+        Exception
+    ) as error:  # Ray Data wraps what its workers raise, by a class that depends on its version
+        for cause in _causes(error):
+            if isinstance(cause, UserError):
+                raise cause from error
+        raise
+
+
+class _Worker:
+    """What an actor of Ray Data does with a block of one number."""
+
+    def __init__(self, make: Callable[..., Callable[[int], int]], arguments: tuple[Any, ...]) -> None:
+        self.function = make(*arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"result": np.array([self.function(int(number)) for number in batch["number"]])}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
