@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ def connected(address: str = LOCAL, workers: int = 0) -> Iterator[None]:
         yield
         return
     options: dict[str, Any] = {"num_cpus": workers or None} if address == LOCAL else {"address": address}
+    # Ray's default of 15 starves its workers beside whatever else the machine does; they do the work here.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError) as error:
