@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from unlabeled.errors import UserError
 
 LOCAL = "local"  # as an address: a Ray that is started here, and ends with the work
@@ -38,7 +36,7 @@ def connected(address: str = LOCAL, workers: int = 0) -> Iterator[None]:
     except (ConnectionError, ValueError) as error:
         raise UserError(f"No Ray cluster at {address}: {error}") from error
     except Exception as error:  # Ray raises no class of its own where its processes do not answer in time
-        if "timed out during startup" not in str(error):
+        if "timed out" not in str(error).lower():
             raise
         raise UserError(
             "Ray did not start in its 30 seconds; this machine is too busy or short of memory."
@@ -80,16 +78,10 @@ def on_workers(
         _Worker, batch_size=1, compute=ActorPoolStrategy(size=count), fn_constructor_args=(make, arguments),
         num_cpus=1, num_gpus=1 if gpus else None,
     )  # fmt: skip
-    try:
-        for row in done.iter_rows():
-            yield int(row["result"])
-    except (
-        Exception
-    ) as error:  # Ray Data wraps what its workers raise, by a class that depends on its version
-        for cause in _causes(error):
-            if isinstance(cause, UserError):
-                raise cause from error
-        raise
+    for row in done.iter_rows():
+        if row["mistake"]:
+            raise UserError(row["mistake"])
+        yield int(row["result"])
 
 
 class _Worker:
@@ -99,10 +91,8 @@ class _Worker:
         self.function = make(*arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": np.array([self.function(int(number)) for number in batch["number"]])}
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = getattr(error, "cause", None) or error.__cause__
+        (number,) = batch["number"]
+        try:
+            return {"result": [self.function(int(number))], "mistake": [""]}
+        except UserError as error:  # what Ray Data makes of an exception has lost its class
+            return {"result": [0], "mistake": [str(error)]}
