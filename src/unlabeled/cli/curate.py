@@ -30,7 +30,7 @@ curate = typer.Typer(
     cls=_AllByDefault,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="From a pile of images to a pretraining set: `unlabeled curate DATA --out CURATED` does all steps; each is a "
+    help="From a pile of images to a pretraining set. `unlabeled curate DATA --out CURATED` does all steps; each is a "
     "command of its own too.",
 )
 app.add_typer(curate, name="curate")
@@ -70,13 +70,16 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {  # name: its own options, a
         tuple(OWN),
         "All steps: what `unlabeled curate DATA` does. Any recipe field can follow: --quality.min_blur 40.",
     ),
-    "quality": ((), "Drop what cannot be read, is small, narrow, dark, bright, blank, text or blurred."),
+    "quality": (
+        (),
+        "Drop what is broken, small, dark, blank or blurred. Also what is narrow, bright or text.",
+    ),
     "duplicates": (
         (),
-        "Keep one of each group of copies: of the same bytes, of near perceptual hashes, of near features.",
+        "Keep one of each group of copies. Of the same bytes, of near perceptual hashes, of near features.",
     ),
     "decontaminate": (("exclude",), "Drop what is too near to evaluation sets."),
-    "cluster": (("count",), "Keep a number of images, evenly from a tree of clusters."),
+    "cluster": (("count",), "Keep a number of images, evenly from all clusters."),
     "retrieve": (("seeds",), "Keep what is like the seeds."),
 }
 
@@ -126,7 +129,7 @@ def collect_command(
     recipe: RecipeFile = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a list of URLs into tar shards, with limits, and a record of what failed."""
+    """Fetch a list of URLs into tar shards. With limits, and a record of what failed."""
     from unlabeled.curate.collect import collect
     from unlabeled.curate.recipe import resolved
 
@@ -150,7 +153,7 @@ def report_command(
     curated: Annotated[str, typer.Argument(help="A folder that `unlabeled curate` made.")],
     as_json: Json = False,
 ) -> None:
-    """Make the page and its pictures again from what the steps decided, and print what was kept and dropped."""
+    """Make the page of a curation again. Its pictures too, from what the steps decided; counts are printed."""
     from unlabeled.curate.pipeline import report
 
     terminal = console(as_json)

@@ -25,7 +25,7 @@ def scenes(
     workers: Annotated[int | None, typer.Option(help="Processes; as many as cores by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Render rooms whose depth is known exactly: data to train and to test depth on."""
+    """Render rooms whose depth is known exactly. Data to train and to test depth on."""
     from unlabeled.dense.scene_data import SceneRecipe, write_scenes
 
     terminal = console(as_json)

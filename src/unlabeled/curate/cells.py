@@ -31,9 +31,7 @@ TRAINED_ON = 32  # vectors for each cell that the centroids are found with
 ITERATIONS = 6  # of finding them
 CELLS_OF_A_TASK = 8
 LEAST_MEMORY = 1 << 27
-BYTES_OF_A_ROW = (
-    500  # held in memory for each vector, whatever its width: its numbers, cell, set, some 20 probes
-)
+BYTES_OF_A_ROW = 1000  # in memory for each vector, whatever its width: numbers, cell, set, some 50 probes
 
 
 @dataclass(frozen=True)
