@@ -295,9 +295,9 @@ def test_step_seeds_differ() -> None:
 
 
 def test_recipe_is_checked_before_anything_is_written(tile_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a multiple"):
+    with pytest.raises(UserError, match="must be a multiple of the patch"):
         override(named_recipe("tiny"), {"crops.global_size": 100}, "x")
-    with pytest.raises(UserError, match="not a multiple"):
+    with pytest.raises(UserError, match="must be a multiple of the patch"):
         run_here(tile_folder, tmp_path / "run", overrides={"crops.global_size": 33})
     assert not (tmp_path / "run").exists()
 

@@ -21,7 +21,7 @@ from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
 from unlabeled.curate.cells import FEW, TILE, Cells, cell_count, check_memory, find_centroids, lay_out
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.neighbours import ROUNDING, Recall
+from unlabeled.curate.neighbours import ROUNDING, Recall, lower_bounds
 from unlabeled.errors import UserError
 
 SAMPLE = 1024  # queries: the first half chooses the number of probes, the second measures
@@ -199,29 +199,37 @@ def _chosen(
     recall: float,
     resources: Resources,
 ) -> tuple[int, int, int, int]:
-    """Return the number of cells to probe, and on other queries how many of how many neighbours that finds."""
+    """Return the number of cells to probe, and on other queries how many of how many neighbours that finds.
+
+    It is the smallest that finds so many of the first queries' neighbours that the recall of all is the wanted one at
+    95% confidence. Where too few are near enough to say so, the nearest of every query stand in for them.
+    """
     generator = np.random.default_rng([resources.seed, 6])
     drawn = np.sort(generator.choice(len(queries), min(SAMPLE, len(queries)), replace=False))
     sample = queries.at(drawn)
-    true = by_brute_force(rows, Rows(sample), k, above, resources).rows_Qk
+    best = by_brute_force(rows, Rows(sample), k, -2.0, resources)
     cell_of = np.empty(len(rows), np.int32)
     cell_of[cells.order_N] = cells.cells_N
     scores = sample @ centroids_KD.T
-    query, place = np.nonzero(true >= 0)
-    own = scores[query, cell_of[true[query, place]]]
+    query, place = np.nonzero(best.rows_Qk >= 0)
+    is_near = best.cosines_Qk[query, place] >= above - ROUNDING
+    own = scores[query, cell_of[best.rows_Qk[query, place]]]
     ranks = np.concatenate(
         [
             (scores[query[start:stop]] > own[start:stop, None]).sum(axis=1)
             for start, stop in spans(len(query), TILE)
         ]
-        or [np.empty(0, np.int64)]
     )
     chooses = query % 2 == 0
-    if not chooses.any():  # nothing is near, so there is nothing to choose by
-        return min(len(centroids_KD), 8), 0, 0, len(drawn) // 2
-    place_of = int(np.ceil((1 + recall) / 2 * chooses.sum())) - 1
-    probes = int(np.sort(ranks[chooses])[place_of]) + 1
-    return probes, int((ranks[~chooses] < probes).sum()), int((~chooses).sum()), len(drawn) // 2
+    chosen = ranks[chooses & is_near]
+    if lower_bounds(np.array([len(chosen)]), len(chosen))[0] < recall:
+        chosen = ranks[chooses]
+    chosen = np.sort(chosen)[::-1]
+    hits = len(chosen) - np.arange(len(chosen))
+    missed = int((lower_bounds(hits, len(chosen)) >= recall).sum()) - 1
+    probes = int(chosen[max(0, missed)]) + 1
+    measures = ~chooses & is_near
+    return probes, int((ranks[measures] < probes).sum()), int(measures.sum()), len(drawn) // 2
 
 
 def _probe(context: tuple[Rows, Floats, int], span: tuple[int, int]) -> NDArray[np.int32]:
