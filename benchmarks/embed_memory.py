@@ -89,8 +89,9 @@ def main() -> None:
     lines = [
         f"# Memory of embedding {options.images:,} images",
         "",
-        f"`python benchmarks/embed_memory.py --images {options.images} --cache {options.cache}` on {device_name(torch.device('cpu'))}: PNGs of "
-        f"{SIDE} x {SIDE} pixels in a Parquet file, a ViT of one block and one patch, {WIDTH} float32 values an image. "
+        f"`python benchmarks/embed_memory.py --images {options.images} --cache {options.cache}` on "
+        f"{device_name(torch.device('cpu'))}: PNGs of {SIDE} x {SIDE} pixels in a Parquet file, a ViT of one block "
+        f"and one patch, {WIDTH} float32 values an image. "
         f"A Parquet source keeps up to {options.cache} MB of row groups. "
         f"The process has {before:.0f} MB of its own before it begins; the table has {size:,.0f} MB in the end.",
         "",
