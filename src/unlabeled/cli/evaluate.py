@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from unlabeled.cli.options import Device, Json, app, console, print_json
+from unlabeled.cli.options import Device, Json, Shape, Size, app, console, print_json
 from unlabeled.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,12 +52,8 @@ def _of_features(
     cache: Annotated[
         str | None, typer.Option(help="Where features are kept; REPORT/features by default.")
     ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Pixels; 224 by default, or what the model was trained at if less.")
-    ] = None,
-    shape: Annotated[
-        str, typer.Option(help="crop (the centre square), keep (size is the short side) or stretch.")
-    ] = "crop",
+    size: Size = None,
+    shape: Shape = "crop",
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from unlabeled.cli.options import DataArgument, Device, Json, ModelOption, Ray, app, console, print_json
+from unlabeled.cli.options import (
+    DataArgument,
+    Device,
+    Json,
+    ModelOption,
+    Ray,
+    Shape,
+    Size,
+    app,
+    console,
+    print_json,
+)
 
 
 @app.command()
@@ -19,12 +30,8 @@ def embed(
         str, typer.Option(help="cls, mean (of the patches), cls+mean, layers, patches or attention.")
     ] = "cls",
     layer: Annotated[int, typer.Option(help="The block that is taken; 0 is the first, -1 the last.")] = -1,
-    size: Annotated[
-        int | None, typer.Option(help="Pixels; 224 by default, or what the model was trained at if less.")
-    ] = None,
-    shape: Annotated[
-        str, typer.Option(help="crop (the centre square), keep (size is the short side) or stretch.")
-    ] = "crop",
+    size: Size = None,
+    shape: Shape = "crop",
     dtype: Annotated[
         str | None, typer.Option(help="float32 or float16; by default float16 for patches and attention.")
     ] = None,

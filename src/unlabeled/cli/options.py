@@ -28,6 +28,12 @@ Ray = Annotated[
         "--ray", help="Run on a Ray cluster: local (started here), auto (this machine's) or HOST:PORT."
     ),
 ]
+Size = Annotated[
+    int | None, typer.Option(help="Pixels; 224 by default, or what the model was trained at if less.")
+]
+Shape = Annotated[
+    str, typer.Option(help="crop (the centre square), keep (size is the short side) or stretch.")
+]
 DataArgument = Annotated[
     str, typer.Argument(help="A folder, tar shards, Parquet, a text or CSV list of paths, or hf:NAME.")
 ]
