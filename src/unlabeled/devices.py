@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -56,3 +59,45 @@ def denormals_flushed() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(not kept)
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """torch's operations take one thread each meanwhile: for threads that each run a batch of their own.
+
+    Two such threads run 1.2 times as many images on two cores as one whose operations are divided, which ends each of
+    them with a wait. May be entered by several threads at once; the number from before is put back by the last.
+    """
+    global _inside, _threads_before
+    with _entering:
+        if _inside == 0:
+            _threads_before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _entering:
+            _inside -= 1
+            if _inside == 0:
+                torch.set_num_threads(_threads_before)
+
+
+_entering = threading.Lock()
+_inside, _threads_before = 0, 1
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library hand freed memory out again, rather than return it to the system; whether it can.
+
+    glibc unmaps each block over 32 MB when it is freed, and the system then clears the pages of the next one: a
+    fifth of the time of a training step or an extraction on a CPU. Of the whole process, from now on; its resident
+    size stays at its highest. Elsewhere than on Linux with glibc nothing is changed.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    trim_threshold, most_mapped = -1, -4  # mallopt(3)
+    return bool(library.mallopt(trim_threshold, 2**31 - 1)) and bool(library.mallopt(most_mapped, 0))

@@ -298,3 +298,32 @@ def test_what_a_processor_says_of_8_bits(tmp_path: Path) -> None:
     for flags, expected in (("avx2 fma", False), ("avx2 avx_vnni", True), ("fp asimd asimddp", True)):
         file.write_text(f"processor : 0\nflags\t: {flags}\n")
         assert has_8_bit_products(file) is expected
+
+
+def test_batches_run_side_by_side_are_the_same_and_in_order(model: VisionTransformer) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (32 + 8 * (i % 3), 32, 3), np.uint8) for i in range(40)]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            extractor = Extractor(model, size=32, shape="keep", batch_size=4)
+            found.append(extractor(images))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_mistake_in_one_of_several_batches_ends_the_others(model: VisionTransformer) -> None:
+    before = torch.get_num_threads()
+    extractor = Extractor(model, size=32, batch_size=1)
+    extractor.engine = lambda images: (_ for _ in ()).throw(UserError("not this one"))
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(UserError, match="not this one"):
+            extractor([np.zeros((32, 32, 3), np.uint8)] * 9)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -5,7 +5,9 @@ Shape suffixes: B images of a batch, D width of the features, h w patches.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, overload
@@ -14,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unlabeled.devices import choose_device
+from unlabeled.ahead import ahead
+from unlabeled.devices import choose_device, keep_freed_memory, one_thread_each
 from unlabeled.errors import UserError
 from unlabeled.features.engines import bf16_engine, exact_engine, int8_engine, layers_engine, weights_hash
 from unlabeled.features.extract import features_of
@@ -28,7 +31,9 @@ from unlabeled.weights.load import load_model
 
 Kind = Literal["cls", "mean", "cls+mean", "layers", "patches", "attention"]
 Features = NDArray[np.float32]
-BATCH_PATCHES = {"cpu": 16 * 256, "cuda": 256 * 256, "mps": 64 * 256}  # of a batch, by device
+Prepared = tuple[int, NDArray[np.uint8]]  # an image's number, its pixels (3, h, w)
+BATCH_PATCHES = {"cpu": 4 * 256, "cuda": 256 * 256, "mps": 64 * 256}  # of a batch, by device
+BATCH_PATCHES_INT8 = 16 * 256
 
 
 class Extractor:
@@ -75,6 +80,8 @@ class Extractor:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"A batch has at least one image, not {batch_size}.")
         self.device = choose_device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model: VisionTransformer = load_model(model) if isinstance(model, str | Path) else model
         if self.model.training:
             raise UserError("The model is in training mode; call model.eval() first.")
@@ -100,7 +107,8 @@ class Extractor:
             "preprocessing": asdict(self.preprocessing),
             "precision": precision,
         }
-        if precision == "int8":
+        self.is_int8 = precision == "int8"
+        if self.is_int8:
             self.identity["calibrated_on"] = calibrate
             self.engine = int8_engine(self.model, layer, str(calibrate), weights)
         elif kind == "layers":
@@ -175,34 +183,46 @@ class Extractor:
         """Return pixels as the model takes them, (3, h, w)."""
         return self.preprocessing(pixels_HW3)
 
-    def run(
-        self, prepared: Iterator[tuple[int, NDArray[np.uint8]]]
-    ) -> Iterator[tuple[list[int], list[Features] | Features]]:
+    def run(self, prepared: Iterator[Prepared]) -> Iterator[tuple[list[int], list[Features] | Features]]:
         """Give the features of prepared images, a batch at a time, with the numbers they came with.
 
-        Images of one shape are run together; at most four batches of other shapes wait meanwhile. The same images
-        in the same order make the same batches.
+        The same images in the same order make the same batches. On a CPU each core runs batches of its own, where
+        there are several.
         """
-        waiting: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = {}
+        batches = self._batches(prepared)
+        first = list(itertools.islice(batches, 2))
+        cores = torch.get_num_threads() if self.device.type == "cpu" and not self.is_int8 else 1
+        if len(first) < 2 or cores == 1:
+            yield from map(self._run, itertools.chain(first, batches))
+            return
+        with (
+            one_thread_each(),
+            ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            yield from ahead(pool, self._run, itertools.chain(first, batches), most=cores)
+
+    def _batches(self, prepared: Iterator[Prepared]) -> Iterator[list[Prepared]]:
+        """Images of one shape together; at most four batches of other shapes wait meanwhile."""
+        waiting: dict[tuple[int, ...], list[Prepared]] = {}
         for place, image in prepared:
             group = waiting.setdefault(image.shape, [])
             group.append((place, image))
             if len(group) == self.batch_of(image.shape):
-                yield self._run(waiting.pop(image.shape))
+                yield waiting.pop(image.shape)
             elif len(waiting) > 4:
-                yield self._run(waiting.pop(max(waiting, key=lambda shape: len(waiting[shape]))))
-        for group in waiting.values():
-            yield self._run(group)
+                yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+        yield from waiting.values()
 
     def batch_of(self, shape: tuple[int, ...]) -> int:
         """Images of a shape (3, h, w) that are run at once."""
         if self.batch_size is not None:
             return self.batch_size
         patches = max(1, shape[1] * shape[2] // self.preprocessing.patch_size**2)
-        return max(1, min(512, BATCH_PATCHES.get(self.device.type, 4096) // patches))
+        most = BATCH_PATCHES_INT8 if self.is_int8 else BATCH_PATCHES.get(self.device.type, 4096)
+        return max(1, min(512, most // patches))
 
     @torch.inference_mode()
-    def _run(self, group: list[tuple[int, NDArray[np.uint8]]]) -> tuple[list[int], list[Features] | Features]:
+    def _run(self, group: list[Prepared]) -> tuple[list[int], list[Features] | Features]:
         places = [place for place, _ in group]
         images_B3hw = normalize(torch.from_numpy(np.stack([image for _, image in group])).to(self.device))
         if self.kind == "attention":
