@@ -18,3 +18,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn the failure of a read (no permission, a name too long) into a UserError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -146,6 +146,7 @@ def test_what_does_not_fit_a_vit_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({"num_hidden_layers": 1}, r"unexpected: blocks\.1\."),
         ({"num_hidden_layers": 3}, r"missing: blocks\.2\.norm1\.weight"),
+        ({"num_hidden_layers": 60_000}, r"missing: blocks\.2\.norm1\.weight"),
         ({"intermediate_size": 100}, "intermediate_size 100"),
         ({"num_attention_heads": 5}, "5 attention heads do not divide"),
         ({"image_size": 32}, r"wrong shape: pos_embed \(1, 65, 48\) instead of \(1, 17, 48\)"),

@@ -161,6 +161,7 @@ def test_losses_of_meta_and_timm_are_said(tmp_path: Path) -> None:
     assert [note for note in meta if "'scale'" in note]
     timm = export(tmp_path / "saved", "timm", tmp_path / "a.safetensors").notes
     assert [note for note in timm if "mask token" in note] and [n for n in timm if "attention heads (2)" in n]
+    assert [note for note in timm if "does not hold fit ('pad')" in note]
     assert [note for note in export(tmp_path / "saved", "hf", tmp_path / "a").notes if "padded" in note]
 
 

@@ -168,6 +168,30 @@ def test_half_precision_and_shards_and_pickles(random_model: Make, configs, tmp_
         load_model(tmp_path)
 
 
+def test_a_named_file_is_the_one_that_is_read(random_model: Make, configs, tmp_path: Path) -> None:
+    first, second = (random_model(configs["small images"], seed) for seed in (0, 1))
+    save_huggingface(first, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "ema.safetensors")
+    save_huggingface(second, tmp_path)
+    assert torch.equal(load_model(tmp_path / "ema.safetensors").pos_embed, first.pos_embed)
+    assert torch.equal(load_model(tmp_path / "model.safetensors").pos_embed, second.pos_embed)
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(load_model(tmp_path / "ema.safetensors").pos_embed, first.pos_embed)
+
+
+def test_one_shard_stands_for_all(random_model: Make, configs, tmp_path: Path) -> None:
+    model = random_model(configs["small images"])
+    save_huggingface(model, tmp_path)
+    shards = tmp_path / "shards"
+    transformers.AutoModel.from_pretrained(tmp_path).save_pretrained(shards, max_shard_size="20KB")
+    loaded = load_model(sorted(shards.glob("*.safetensors"))[0])
+    assert all(torch.equal(loaded.state_dict()[k], v) for k, v in model.state_dict().items())
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(UserError, match="names no weight files"):
+        load_model(shards)
+
+
 def test_saving_replaces_whole_files_only(
     random_model: Make, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,8 +218,21 @@ def test_saving_replaces_whole_files_only(
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"hidden_size": "24"}, "hidden_size '24'; expected a whole number"),
-        ({"num_attention_heads": 0}, "0 attention heads do not divide"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0; expected a whole number from 1"),
         ({"image_size": [32, 64]}, "only square"),
+        ({"image_size": [32, [32]]}, "only square"),
+        ({"patch_size": 0}, "patch_size 0; expected a whole number from 1"),
+        ({"hidden_size": float("nan")}, "hidden_size nan; expected a whole number"),
+        ({"num_hidden_layers": float("inf")}, "num_hidden_layers inf; expected a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; expected a whole number"),
+        ({"num_hidden_layers": 60_000}, r"missing: blocks\.2\.norm1\.weight"),  # at once, not after a minute
+        ({"layer_norm_eps": "small"}, "layer_norm_eps 'small'; expected a number"),
+        ({"layer_norm_eps": -1.0}, r"layer_norm_eps -1\.0; expected a number"),
+        ({"layerscale_value": None}, "layerscale_value None; expected a number"),
+        ({"qkv_bias": "no"}, "qkv_bias 'no'; expected one of False, True"),
+        ({"use_swiglu_ffn": "yes"}, "use_swiglu_ffn 'yes'; expected one of False, True"),
+        ({"unlabeled": {"interpolation": "bilinear"}}, "interpolation 'bilinear'; expected one of 'size'"),
+        ({"unlabeled": {"fit": []}}, r"fit \[\]; expected one of 'crop', 'pad'"),
         ({"num_hidden_layers": 3}, r"missing: blocks\.2\.norm1\.weight.* and \d+ more"),
         ({"num_hidden_layers": 1}, r"unexpected: blocks\.1\."),
         ({"image_size": 64}, r"of the wrong shape: pos_embed \(1, 65, 24\) instead of \(1, 257, 24\)"),

@@ -162,6 +162,20 @@ def test_files_that_are_no_weights(model: VisionTransformer, tmp_path: Path) -> 
     (tmp_path / "alone" / "config.json").write_text("{")
     with pytest.raises(UserError, match="no valid JSON"):
         load_model(tmp_path / "alone")
+    (tmp_path / "alone" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="no valid JSON"):
+        load_model(tmp_path / "alone")
+    (tmp_path / "alone" / "config.json").unlink()
+    (tmp_path / "alone" / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json cannot be read: Is a directory"):
+        load_model(tmp_path / "alone")
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        load_model("x" * 5000)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="no file or folder"):
+        load_model(tmp_path / "loop")
+    with pytest.raises(UserError, match="no file or folder '~nobody-of-that-name"):
+        load_model("~nobody-of-that-name/model.pth")
 
 
 def test_names() -> None:

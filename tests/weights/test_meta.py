@@ -89,6 +89,15 @@ def test_what_does_not_fit_is_named(random_model: Make, configs, tmp_path: Path)
     assert "unexpected: head.weight." in message({"head.weight": torch.ones(3)})
     assert "norm.bias (65,) instead of (64,)" in message({"norm.bias": torch.ones(65)})
     assert "mlp.fc1.weight" in message({"blocks.0.mlp.fc1.weight": torch.ones(7, 64)})
+    assert "missing: blocks.2.norm1.weight" in message({"blocks.9999999.norm1.bias": torch.ones(64)})
+    for strange in (
+        torch.ones(64).to_sparse(),
+        torch.ones(64, dtype=torch.int64),
+        torch.ones(64, device="meta"),
+    ):
+        assert "floating-point numbers (norm.bias)" in message({"norm.bias": strange})
+    for key, odd in (("pos_embed", torch.ones(65, 64)), ("patch_embed.proj.weight", torch.ones(64, 3, 0, 0))):
+        assert f"({key} is missing or odd)" in message({key: odd})
     assert "no DINOv2 backbone" in message({}, without="patch_embed.proj.weight")
     assert "no DINOv2 backbone" in message({}, without="blocks.0.mlp.fc2.weight")
     odd = random_model(configs["small images"]).state_dict()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from unlabeled.cli.options import Json, app, console, print_json
+from unlabeled.errors import reading
 
 
 @app.command()
@@ -57,8 +57,11 @@ def export(
     """Write a model in another format, or a table as one file. A model's file is checked against the model itself."""
     from unlabeled.weights.export import as_dict, describe
     from unlabeled.weights.export import export as run_export
+    from unlabeled.weights.load import expanded
 
-    if (Path(what).expanduser() / "table.json").exists():
+    with reading(what):
+        is_table = (expanded(what) / "table.json").exists()
+    if is_table:
         _export_table(what, to, out, as_json)
         return
     result = run_export(what, to, out, int8=int8, calibrate=calibrate, push=push)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from unlabeled.vit import VitConfig
 from unlabeled.weights.files import State
 
 MASK_NOTE = "the file has no mask token: it is zeros"
@@ -19,10 +18,11 @@ def lacks_layer_scale(state: Mapping[str, Tensor]) -> bool:
     return not any(".ls1." in key or ".ls2." in key for key in state)
 
 
-def with_layer_scale(state: Mapping[str, Tensor], config: VitConfig) -> State:
+def with_layer_scale(state: Mapping[str, Tensor], width: int) -> State:
     """Return the state dict with a LayerScale of ones, (D,), on every residual branch."""
-    names = [f"blocks.{block}.ls{branch}.gamma" for block in range(config.depth) for branch in (1, 2)]
-    return {**state, **{name: torch.ones(config.width) for name in names}}
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    names = [f"blocks.{block}.ls{branch}.gamma" for block in blocks for branch in (1, 2)]
+    return {**state, **{name: torch.ones(width) for name in names}}
 
 
 def without_ones(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:

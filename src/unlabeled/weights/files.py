@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unlabeled.atomic import replacing as replacing
-from unlabeled.errors import UserError
+from unlabeled.errors import UserError, reading
 from unlabeled.vit import VisionTransformer, VitConfig
 
 State = dict[str, Tensor]
@@ -26,6 +27,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises UserError for a file that is damaged, or that wants more than weights.
     """
     try:
+        path.open("rb").close()  # safetensors calls every file that it may not read missing
         if path.suffix == ".safetensors":
             return load_file(path)
         # DINO's training checkpoints hold their options; a Namespace is a plain container.
@@ -50,8 +52,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file; raises UserError where it is none."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        with reading(path):
+            held = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is no valid JSON; fetch or export the model anew.") from error
     if not isinstance(held, dict):
         raise UserError(f"{path} is no JSON object; fetch or export the model anew.")
@@ -85,11 +88,14 @@ def fill(
 
     Raises UserError, in one line, naming missing, unexpected and wrongly shaped keys of `source`.
     """
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
+    if strange := [name for name, value in state.items() if not _is_weight(value)]:
         raise UserError(
-            f"{source} holds more than tensors ({', '.join(strange[:4])}); expected weights only."
+            f"{source} holds more than dense tensors of floating-point numbers ({', '.join(strange[:4])}); "
+            "expected weights only."
         )
+    num_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    # One block too many says what is missing; a damaged configuration may ask for a billion.
+    config = replace(config, depth=min(config.depth, num_blocks + 1))
     with torch.device("meta"):
         model = VisionTransformer(config)
     check_keys(model, state, source, "a DINOv2 backbone")
@@ -97,6 +103,15 @@ def fill(
     model.load_state_dict(held, assign=True)
     model.notes = tuple(notes)
     return model.eval()
+
+
+def _is_weight(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
 
 
 def check_keys(module: nn.Module, state: Mapping[str, Tensor], source: str, what: str) -> None:

@@ -4,17 +4,18 @@ The original DINO is a ViTModel there; it is read, and written as a Dinov2Model 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
 
 from unlabeled.errors import UserError
 from unlabeled.images.transform import IMAGENET_MEAN, IMAGENET_STD
-from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.vit import Interpolation, VisionTransformer, VitConfig
 from unlabeled.weights.dino import MASK_NOTE, with_layer_scale
 from unlabeled.weights.files import State, fill, read_json, read_tensors, renamer, replacing
 
@@ -51,39 +52,47 @@ THEIR_QKV = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key
 PREFIX = re.compile(r"^(dinov2(_with_registers)?|vit)\.")  # of the backbone inside a classifier
 
 KINDS = ("dinov2", "dinov2_with_registers", "vit")
+LARGEST = 2**16  # of any size in a configuration
 OWN_KEY = "unlabeled"  # what transformers' config has no field for
 
 
-def load_huggingface(folder: str | Path) -> VisionTransformer:
+def load_huggingface(folder: str | Path, weights: Path | None = None) -> VisionTransformer:
     """Return the model of a folder in Hugging Face format, in evaluation mode.
 
+    weights: a file to read in the place of the folder's own; one of those stands for all of them.
     A classifier on top of the backbone is left out.
     Raises UserError for another kind of model, or missing, unexpected or wrongly shaped keys.
     """
     folder = Path(folder)
     config = read_config(folder / "config.json")
     tensors: State = {}
-    for path in weight_files(folder):
+    files = weight_files(folder)
+    if weights and weights not in files:
+        files = [weights]
+    if not files:
+        raise UserError(f"{folder} has a config.json but no weights; model.safetensors should lie beside it.")
+    for path in files:
         tensors.update(read_tensors(path))
     is_vit = read_json(folder / "config.json")["model_type"] == "vit"
     state = from_huggingface(tensors, config, is_vit)
-    notes = [] if "mask_token" in state else [MASK_NOTE]
-    # Without use_mask_token none was learned.
-    return fill(config, {"mask_token": torch.zeros(1, config.width)} | state, str(folder), notes)
+    notes = []
+    if "mask_token" not in state:  # a ViTModel without use_mask_token has learned none
+        state["mask_token"] = torch.zeros(1, config.width)
+        notes.append(MASK_NOTE)
+    return fill(config, state, str(folder), notes)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights; raises UserError where there are none."""
+    """Return the files that hold a folder's weights."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        names = shards.values() if isinstance(shards, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{index} names no weight files; fetch or export the model anew.")
-        return [folder / name for name in sorted(set(shards.values()))]
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return [folder / name]
-    raise UserError(f"{folder} has a config.json but no weights; model.safetensors should lie beside it.")
+        return [folder / name for name in sorted(set(names))]
+    single = (folder / name for name in ("model.safetensors", "pytorch_model.bin"))
+    return [path for path in single if path.exists()][:1]
 
 
 def read_config(path: Path) -> VitConfig:
@@ -100,40 +109,58 @@ def read_config(path: Path) -> VitConfig:
     with_registers, is_vit = kind == "dinov2_with_registers", kind == "vit"
     width = _count(held, "hidden_size", 768, path)
     num_heads = _count(held, "num_attention_heads", 12, path)
-    if not num_heads or width % num_heads:
+    if width % num_heads:
         raise UserError(f"{path} has hidden_size {width}, which {num_heads} attention heads do not divide.")
     hidden = _count(held, "intermediate_size", 3072, path)
     if is_vit and hidden % width:
         raise UserError(f"{path} has intermediate_size {hidden}; only multiples of {width} can be loaded.")
-    own = held.get(OWN_KEY, {})
+    own = held.get(OWN_KEY)
+    own = own if isinstance(own, dict) else {}
+    interpolation = own.get("interpolation", "antialias" if with_registers else "size")
     return VitConfig(
         width=width,
         depth=_count(held, "num_hidden_layers", 12, path),
         num_heads=num_heads,
         patch_size=_side(held.get("patch_size", 14 if kind == "dinov2" else 16), "patch_size", path),
-        num_registers=_count(held, "num_register_tokens", 4, path) if with_registers else 0,
-        ffn="swiglu" if held.get("use_swiglu_ffn", False) else "mlp",
+        num_registers=_count(held, "num_register_tokens", 4, path, least=0) if with_registers else 0,
+        ffn="swiglu"
+        if _choice(held.get("use_swiglu_ffn", False), (False, True), "use_swiglu_ffn", path)
+        else "mlp",
         mlp_ratio=hidden // width if is_vit else _count(held, "mlp_ratio", 4, path),
         image_size=_side(held.get("image_size", 224), "image_size", path),
-        interpolation=own.get("interpolation", "antialias" if with_registers else "size"),
-        fit=own.get("fit", "crop"),
-        layer_scale=1.0 if is_vit else held.get("layerscale_value", 1.0),
+        interpolation=_choice(interpolation, get_args(Interpolation), "interpolation", path),
+        fit=_choice(own.get("fit", "crop"), ("crop", "pad"), "fit", path),
+        layer_scale=1.0 if is_vit else _number(held, "layerscale_value", 1.0, path),
         in_channels=_count(held, "num_channels", 3, path),
-        qkv_bias=held.get("qkv_bias", True),
-        norm_eps=held.get("layer_norm_eps", 1e-12 if is_vit else 1e-6),
+        qkv_bias=_choice(held.get("qkv_bias", True), (False, True), "qkv_bias", path),
+        norm_eps=_number(held, "layer_norm_eps", 1e-12 if is_vit else 1e-6, path),
     )
 
 
-def _count(held: Mapping[str, Any], field: str, default: int, path: Path) -> int:
+def _count(held: Mapping[str, Any], field: str, default: int, path: Path, least: int = 1) -> int:
     value = held.get(field, default)
-    if not isinstance(value, int | float) or value != int(value) or value < 0:
-        raise UserError(f"{path} has {field} {value!r}; expected a whole number.")
+    if not isinstance(value, int | float) or value % 1 or not least <= value <= LARGEST:
+        raise UserError(f"{path} has {field} {value!r}; expected a whole number from {least} to {LARGEST}.")
     return int(value)
+
+
+def _number(held: Mapping[str, Any], field: str, default: float, path: Path) -> float:
+    value = held.get(field, default)
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"{path} has {field} {value!r}; expected a number of 0 or more.")
+    return float(value)
+
+
+def _choice(value: Any, choices: tuple[Any, ...], field: str, path: Path) -> Any:
+    if value not in choices:
+        known = ", ".join(repr(choice) for choice in choices if choice != "")
+        raise UserError(f"{path} has {field} {value!r}; expected one of {known}.")
+    return value
 
 
 def _side(value: Any, field: str, path: Path) -> int:
     sides = value if isinstance(value, list) else [value]
-    if len(set(sides)) != 1:
+    if not sides or any(side != sides[0] for side in sides):
         raise UserError(f"{path} has {field} {value}; only square ones can be loaded.")
     return _count({field: sides[0]}, field, 0, path)
 
@@ -163,7 +190,7 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: VitConfig, is_
     if not config.num_registers:
         state.pop("register_tokens", None)  # of length zero
     if is_vit:
-        state = with_layer_scale(state, config)
+        state = with_layer_scale(state, config.width)
         if "mask_token" in state:
             state["mask_token"] = state["mask_token"].flatten(0, 1)  # (1, 1, D) in a ViTModel
     return state

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from unlabeled.errors import UserError
+from unlabeled.errors import UserError, reading
 from unlabeled.vit import Interpolation, VisionTransformer
 from unlabeled.weights.download import fetch_hub, fetch_meta
 from unlabeled.weights.files import read_json, read_tensors
@@ -67,17 +67,26 @@ def load_model(
     if interpolation not in get_args(Interpolation):
         ways = ", ".join(filter(None, get_args(Interpolation)))
         raise UserError(f"There is no interpolation {interpolation!r}; choose one of {ways}.")
-    path = Path(text).expanduser()
-    if path.is_dir():
-        model = load_folder(path)
-    elif path.is_file():
-        model = load_file(path)
-    else:
-        model = load_name(str(text))
+    path = expanded(text)
+    with reading(text):
+        if path.is_dir():
+            model = load_folder(path)
+        elif path.is_file():
+            model = load_file(path)
+        else:
+            model = load_name(str(text))
     if interpolation:
         model.config = replace(model.config, interpolation=interpolation)
     model.name = str(path.resolve()) if path.exists() else str(text)  # as it is valid from every folder
     return model.to(device)
+
+
+def expanded(text: str | Path) -> Path:
+    """Return a path with ~ and ~user replaced; a user who is not there stays as written."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def load_folder(folder: Path) -> VisionTransformer:
@@ -108,7 +117,7 @@ def load_file(path: Path) -> VisionTransformer:
     if any(str(key).startswith(HUGGING_FACE_KEYS) for key in held):
         if not (path.parent / "config.json").exists():
             raise UserError(f"{path} is in Hugging Face format and needs its config.json beside it.")
-        return load_huggingface(path.parent)
+        return load_huggingface(path.parent, path)
     return from_timm(held, str(path)) if _is_timms(held, path) else from_meta(held, str(path))
 
 

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from unlabeled.errors import UserError
-from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.vit import Interpolation, VisionTransformer, VitConfig
 from unlabeled.weights.dino import MASK_NOTE, lacks_layer_scale, with_layer_scale, without_ones
 from unlabeled.weights.files import State, fill, read_tensors, replacing
 
@@ -39,11 +39,11 @@ def from_meta(held: Mapping[str, Any], source: str, num_heads: int | None = None
     The original DINO has no LayerScale (here: ones) and no mask token (here: zeros, and a note).
     """
     state = unwrap(held)
-    interpolation = "antialias" if "register_tokens" in state else "scale"
+    interpolation: Interpolation = "antialias" if "register_tokens" in state else "scale"
     config = config_of(state, source, interpolation, num_heads)
     if not is_original_dino(state):
         return fill(config, state, source)
-    state = with_layer_scale(state, config) | {"mask_token": torch.zeros(1, config.width)}
+    state = with_layer_scale(state, config.width) | {"mask_token": torch.zeros(1, config.width)}
     return fill(replace(config, layer_scale=1.0), state, source, [MASK_NOTE])
 
 
@@ -64,23 +64,26 @@ def unwrap(held: Mapping[str, Any]) -> State:
 
 
 def config_of(
-    state: Mapping[str, Tensor], source: str, interpolation: str, num_heads: int | None = None
+    state: Mapping[str, Tensor], source: str, interpolation: Interpolation, num_heads: int | None = None
 ) -> VitConfig:
     """Read the configuration off the shapes of a flat state dict.
 
     Raises UserError if the file is no vision transformer of this kind.
     """
-    try:
-        width, in_channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-        num_positions = state["pos_embed"].shape[1] - 1
-        ffn = "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp"
-        hidden = state["blocks.0.mlp.w3.weight" if ffn == "swiglu" else "blocks.0.mlp.fc2.weight"].shape[1]
-        num_registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{source} holds no DINOv2 backbone ({error} is missing or odd); expected the weights of a Meta "
-            ".pth, a timm or a Hugging Face file."
-        ) from error
+
+    def shape(key: str, dims: int) -> tuple[int, ...]:
+        found = tuple(getattr(state.get(key), "shape", ()))
+        if len(found) != dims or 0 in found:
+            raise UserError(
+                f"{source} holds no DINOv2 backbone ({key} is missing or odd); expected the weights of a Meta "
+                ".pth, a timm or a Hugging Face file."
+            )
+        return found
+
+    width, in_channels, patch_size, _ = shape("patch_embed.proj.weight", 4)
+    num_positions = shape("pos_embed", 3)[1] - 1
+    ffn: Literal["swiglu", "mlp"] = "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp"
+    hidden = shape("blocks.0.mlp.w3.weight" if ffn == "swiglu" else "blocks.0.mlp.fc2.weight", 2)[1]
     if num_heads is None and width % HEAD_WIDTH:
         raise UserError(
             f"{source} has width {width}, no multiple of {HEAD_WIDTH}, and does not say its number of "
@@ -89,13 +92,13 @@ def config_of(
     side = round(max(num_positions, 1) ** 0.5)
     config = VitConfig(
         width=width,
-        depth=1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)),
+        depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         num_heads=num_heads or width // HEAD_WIDTH,
         patch_size=patch_size,
-        num_registers=num_registers,
-        ffn=ffn,  # type: ignore[arg-type]
+        num_registers=shape("register_tokens", 3)[1] if "register_tokens" in state else 0,
+        ffn=ffn,
         image_size=side * patch_size,
-        interpolation=interpolation,  # type: ignore[arg-type]
+        interpolation=interpolation,
         in_channels=in_channels,
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         norm_eps=NORM_EPS,

@@ -42,7 +42,7 @@ def from_timm(held: Mapping[str, Any], source: str, num_heads: int | None = None
     config = config_of(state, source, "antialias", num_heads)
     if lacks_layer_scale(state):  # the original DINO's
         config = replace(config, layer_scale=1.0)
-        state = with_layer_scale(state, config)
+        state = with_layer_scale(state, config.width)
     state["mask_token"] = torch.zeros(1, config.width)
     return fill(config, state, source, [MASK_NOTE])
 
@@ -73,6 +73,8 @@ def to_timm(model: VisionTransformer) -> tuple[State, list[str]]:
         )
     if model.config.norm_eps != NORM_EPS:
         notes.append(f"timm's layer norms have an epsilon of {NORM_EPS}, here {model.config.norm_eps}.")
+    if model.config.fit != "crop":
+        notes.append(f"timm's file does not hold fit ({model.config.fit!r}); read back it is 'crop'.")
     return state, notes
 
 
