@@ -139,14 +139,16 @@ class Rows:
     Travels to another process as the names of its files where it has any.
 
     Args:
-        vectors: an array, a memory map, or several as one (`ShardedRows`).
+        vectors: an array, a memory map, or several as one (`ShardedRows`, `Parts`).
         unit: scale each row to length 1; a row of zeros stays.
+        is_ready: rows are finite and of the length wanted, so that they are given as they are.
+        stays: mapped pages stay in memory (`release` does nothing).
     """
 
-    def __init__(self, vectors: Any, unit: bool = True) -> None:
+    def __init__(self, vectors: Any, unit: bool = True, is_ready: bool = False, stays: bool = False) -> None:
         parts = vectors.parts if hasattr(vectors, "parts") else [vectors]
         self.parts: list[NDArray[Any]] = [part for part in parts if len(part)]
-        self.unit = unit
+        self.unit, self.is_ready, self.stays = unit, is_ready, stays
         self.shape = (len(vectors), int(vectors.shape[1]))
         if vectors.dtype not in (np.float16, np.float32, np.float64):
             raise TypeError(f"vectors of {vectors.dtype}, not float16 or float32")
@@ -179,19 +181,26 @@ class Rows:
 
     def at(self, rows: Integers) -> Floats:
         """Rows of these numbers, (n, D)."""
+        return self._scaled(self.at_as_stored(rows).astype(np.float32, copy=False), rows)
+
+    def at_as_stored(self, rows: Integers) -> NDArray[Any]:
+        """Rows of these numbers, (n, D), of the length and dtype they have."""
         if len(self.parts) == 1:
-            return self._scaled(self.parts[0][rows].astype(np.float32, copy=False), rows)
-        result = np.empty((len(rows), self.shape[1]), np.float32)
-        shards = np.searchsorted(self.ends, rows, side="right")
-        for shard in np.unique(shards):
-            chosen = shards == shard
-            begin = self.ends[shard - 1] if shard else 0
-            result[chosen] = self.parts[shard][rows[chosen] - begin]
-        return self._scaled(result, rows)
+            return self.parts[0][rows].astype(self.dtype, copy=False)
+        result = np.empty((len(rows), self.shape[1]), self.dtype)
+        order = np.argsort(rows, kind="stable")
+        cuts = np.searchsorted(rows, self.ends, sorter=order)
+        begin = first = 0
+        for part, end, last in zip(self.parts, self.ends.tolist(), cuts.tolist(), strict=True):
+            inside = order[first:last]
+            if len(inside):
+                result[inside] = part[rows[inside] - begin]
+            begin, first = end, last
+        return result
 
     def release(self) -> None:
         """Let the pages of mapped files go from this process's memory; they are read again when needed."""
-        for root in self.maps:
+        for root in [] if self.stays else self.maps:
             if root is not None and hasattr(root._mmap, "madvise"):
                 root._mmap.madvise(mmap.MADV_DONTNEED)
 
@@ -202,6 +211,8 @@ class Rows:
         return hashlib.sha256(repr((self.shape, self.dtype.str)).encode() + held.tobytes()).hexdigest()[:32]
 
     def _scaled(self, block: Floats, rows: int | Integers) -> Floats:
+        if self.is_ready:
+            return block
         lengths = np.sqrt(np.einsum("nd,nd->n", block, block))
         if not np.isfinite(lengths).all():
             bad = int(np.flatnonzero(~np.isfinite(lengths))[0])
@@ -216,6 +227,8 @@ class Rows:
         """Files by name, arrays as they are."""
         return {
             "unit": self.unit,
+            "is_ready": self.is_ready,
+            "stays": self.stays,
             "shape": self.shape,
             "dtype": self.dtype,
             "parts": [
@@ -229,6 +242,18 @@ class Rows:
         self.__dict__.update(state)
         self.parts = [np.memmap(**part) if isinstance(part, dict) else part for part in state["parts"]]
         self._prepare()
+
+
+class Parts:
+    """Arrays one below the other, as `Rows` takes them."""
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        self.parts, self.dtype = list(parts), parts[0].dtype
+        self.shape = (sum(map(len, parts)), parts[0].shape[1])
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
 
 
 def _root(part: Any) -> Any:

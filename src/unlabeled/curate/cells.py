@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csc_array, csr_array
 
 from unlabeled.curate.blocks import (
     Floats,
     Integers,
+    Parts,
     Resources,
     Rows,
     load_arrays,
@@ -27,6 +29,7 @@ from unlabeled.errors import UserError
 
 FEW = 8192  # vectors that make one cell
 TILE = 2048  # vectors on either side of one matrix product
+SCORES = 1 << 23  # bytes of one product with all centroids: what a cache holds
 TRAINED_ON = 32  # vectors for each cell that the centroids are found with
 ITERATIONS = 6  # of finding them
 CELLS_OF_A_TASK = 8
@@ -39,30 +42,33 @@ class Cells:
     """A matrix laid out by cells.
 
     Attributes:
-        stored: the rows in the order of `order_N`.
+        stored: the rows by cell, in the order of `order_N`.
         order_N: number of each stored row in the matrix.
         cells_N: cell of each stored row.
-        starts: where each cell's members begin in `members_N`, (K + 1,).
-        members_N: stored rows by cell.
-        probes_starts, probes: other cells that each stored row probes.
-        probing_starts, probing: stored rows of other cells that probe each cell.
+        starts: where each cell begins in `stored`, (K + 1,).
+        probes_NK: true where a stored row probes another cell, by rows.
+        probing_NK: the same by cells.
     """
 
     stored: Rows
     order_N: Integers
     cells_N: NDArray[np.int32]
     starts: Integers
-    members_N: Integers
-    probes_starts: Integers
-    probes: NDArray[np.int32]
-    probing_starts: Integers
-    probing: NDArray[Any]
+    probes_NK: csr_array
+    probing_NK: csc_array
 
     @property
     def compared(self) -> int:
         """Number of cosines that a join of the matrix with itself computes."""
         sizes = np.diff(self.starts)
-        return int((sizes * (sizes + 1) // 2 + sizes * np.diff(self.probing_starts)).sum())
+        return int((sizes * (sizes + 1) // 2 + sizes * np.diff(self.probing_NK.indptr)).sum())
+
+    def probing(self, cell: int) -> Integers:
+        """Stored rows of other cells that probe a cell, ascending."""
+        rows: Integers = self.probing_NK.indices[
+            self.probing_NK.indptr[cell] : self.probing_NK.indptr[cell + 1]
+        ].astype(np.int64)
+        return rows
 
     @property
     def tasks(self) -> list[tuple[int, int]]:
@@ -77,11 +83,9 @@ class Cells:
 
     def has_probe(self, stored: Integers, cells: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Return whether each stored row probes the cell."""
-        result = np.zeros(len(stored), bool)
-        starts, ends = self.probes_starts[stored], self.probes_starts[stored + 1]
-        for place in range(int((ends - starts).max(initial=0))):
-            there = starts + place < ends
-            result[there] |= self.probes[starts[there] + place] == cells[there]
+        if not len(stored):
+            return np.empty(0, bool)
+        result: NDArray[np.bool_] = np.asarray(self.probes_NK[stored, cells], bool).reshape(-1)
         return result
 
 
@@ -121,43 +125,39 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
 
     reach: a row also probes the cells from which a plane at most this far away divides it; 0 for none.
     """
-    k = len(centroids_KD)
-    size = resources.block_rows(4 * (rows.shape[1] + 2 * k))
+    k, width = centroids_KD.shape
+    size = resources.block_rows(4 * width + 256)
     blocks = list(enumerate(spans(len(rows), size)))
-    left = [item for item in blocks if not (folder / f"cells-{item[0]:06d}.npz").is_file()]
-    held = 12 * size * rows.shape[1] + 12 * TILE * k
-    for _ in resources.map(_store_block, _Layout(rows, centroids_KD, reach, folder), left, held):
-        pass
-    stored, parts = [], []
-    for number, _ in blocks:
-        parts.append(load_arrays(folder / f"cells-{number:06d}.npz"))
-        stored.append(np.load(folder / f"cells-{number:06d}.npy", mmap_mode="r"))
-    order, cells, counts, probes = (
-        np.concatenate([part[name] for part in parts]) for name in ("rows", "cells", "probe_counts", "probes")
+
+    def done(make: Any, context: Any, name: str, held: int) -> list[Path]:
+        files = [folder / name.format(number) for number, _ in blocks]
+        left = [item for item, file in zip(blocks, files, strict=True) if not file.is_file()]
+        for _ in resources.map(make, context, left, held):
+            pass
+        return files
+
+    between_KK = np.sqrt(np.maximum(2 - 2 * (centroids_KD @ centroids_KD.T), 0))
+    layout = _Layout(rows, centroids_KD, between_KK, reach, folder)
+    files = done(_assign_block, layout, "assigned-{:06d}.npz", 12 * size * width + 6 * SCORES)
+    parts = [load_arrays(file) for file in files]
+    labels, counts, probes = (
+        np.concatenate([part[name] for part in parts]) for name in ("labels", "counts", "probes")
     )
-    by_probe = np.argsort(probes, kind="stable")
-    narrow: Any = np.int32 if len(rows) < 2**31 else np.int64
+    order = np.argsort(labels, kind="stable")
+    by_row = csr_array((np.ones(len(probes), bool), probes, _starts(counts)), shape=(len(rows), k))[order]
+    files = done(
+        _store_block, (rows, order, folder), "cells-{:06d}.npy", 2 * size * width * rows.dtype.itemsize
+    )
+    stored = Parts([np.load(file, mmap_mode="r") for file in files])
+    stays = len(rows) * width * rows.dtype.itemsize <= resources.memory // 4
     return Cells(
-        stored=Rows(_Several(stored, rows)),
+        stored=Rows(stored, rows.unit, rows.is_ready, stays),
         order_N=order,
-        cells_N=cells,
-        starts=_starts(np.bincount(cells, minlength=k)),
-        members_N=np.argsort(cells, kind="stable"),
-        probes_starts=_starts(counts),
-        probes=probes,
-        probing_starts=_starts(np.bincount(probes, minlength=k)),
-        probing=np.repeat(np.arange(len(counts), dtype=narrow), counts)[by_probe],
+        cells_N=labels[order],
+        starts=_starts(np.bincount(labels, minlength=k)),
+        probes_NK=by_row,
+        probing_NK=by_row.tocsc(),
     )
-
-
-class _Several:
-    """Parts as `Rows` takes them."""
-
-    def __init__(self, parts: list[NDArray[Any]], rows: Rows) -> None:
-        self.parts, self.shape, self.dtype = parts, rows.shape, rows.dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
 
 def _starts(counts: NDArray[Any]) -> Integers:
@@ -168,47 +168,44 @@ def _starts(counts: NDArray[Any]) -> Integers:
 class _Layout:
     rows: Rows
     centroids_KD: Floats
+    between_KK: Floats  # distances of the centroids
     reach: float
     folder: Path
 
 
-def _store_block(context: _Layout, item: tuple[int, tuple[int, int]]) -> None:
-    """Write a block of rows in the order of their cells, with the cells that each probes."""
+def _assign_block(context: _Layout, item: tuple[int, tuple[int, int]]) -> None:
+    """Write the cell of each row of a block, and the other cells that it probes."""
     number, (start, stop) = item
     block = context.rows.between(start, stop)
-    centroids = context.centroids_KD
-    table = centroids @ centroids.T
-    farthest = np.sqrt(np.maximum(2 - 2 * table.min(axis=1), 0))
-    cells = np.empty(len(block), np.int32)
-    who, probed = [], []
-    for first, last in spans(len(block), TILE):
-        scores = block[first:last] @ centroids.T
-        here = np.arange(len(scores))
-        own = scores.argmax(axis=1)
-        cells[first:last] = own
-        if context.reach > 0:
-            # What is lower than this is beyond reach whatever the distance of the two centroids.
-            lowest = scores[here, own] - context.reach * farthest[own]
-            near = np.flatnonzero(scores >= lowest[:, None])
-            row, cell = np.divmod(near, len(centroids))
-            i = own[row]
-            between = np.sqrt(np.maximum(2 - 2 * table[i, cell], 0))
-            gap = scores[row, i] - scores[row, cell]
-            kept = (gap <= context.reach * between) & (cell != i)
-            who.append(row[kept] + first)
-            probed.append(cell[kept])
-    rows = np.concatenate(who) if who else np.empty(0, np.int64)
-    probes = np.concatenate(probed) if probed else np.empty(0, np.int64)
-    order = np.argsort(cells, kind="stable")
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    by_place = np.argsort(places[rows], kind="stable")
-    save_array(context.folder / f"cells-{number:06d}.npy", context.rows.as_stored(start, stop)[order])
-    save_arrays(
-        context.folder / f"cells-{number:06d}.npz",
-        rows=order + start,
-        cells=cells[order],
-        probe_counts=np.bincount(places[rows], minlength=len(block)),
-        probes=probes[by_place].astype(np.int32),
-    )
     context.rows.release()
+    centroids = context.centroids_KD
+    k = len(centroids)
+    between_KK, farthest_K = context.between_KK, context.between_KK.max(axis=1)
+    labels, counts = np.empty(len(block), np.int32), np.zeros(len(block), np.int32)
+    probed = []
+    tile = max(1, SCORES // 4 // k)
+    out, near = np.empty((tile, k), np.float32), np.empty((tile, k), bool)
+    for first, last in spans(len(block), tile):
+        scores = np.matmul(block[first:last], centroids.T, out=out[: last - first])
+        own = scores.argmax(axis=1)
+        labels[first:last] = own
+        if context.reach > 0:
+            best = scores[np.arange(last - first), own]
+            # What is lower than this is beyond reach whatever the distance of the two centroids.
+            lowest = best - context.reach * farthest_K[own]
+            places = np.flatnonzero(np.greater_equal(scores, lowest[:, None], out=near[: last - first]))
+            row, cell = np.divmod(places, k)
+            gap = best[row] - scores.ravel()[places]
+            kept = (gap <= context.reach * between_KK[own[row], cell]) & (cell != own[row])
+            counts[first:last] = np.bincount(row[kept], minlength=last - first)
+            probed.append(cell[kept].astype(np.int32))
+    probes = np.concatenate(probed) if probed else np.empty(0, np.int32)
+    save_arrays(context.folder / f"assigned-{number:06d}.npz", labels=labels, counts=counts, probes=probes)
+
+
+def _store_block(context: tuple[Rows, Integers, Path], item: tuple[int, tuple[int, int]]) -> None:
+    """Write a block of the rows in the order of their cells."""
+    rows, order, folder = context
+    number, (start, stop) = item
+    save_array(folder / f"cells-{number:06d}.npy", rows.at_as_stored(order[start:stop]))
+    rows.release()

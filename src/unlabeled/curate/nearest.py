@@ -273,13 +273,13 @@ def _search_cells(context: _InCells, item: tuple[int, tuple[int, int]]) -> None:
 def _cell_results(context: _InCells, span: tuple[int, int]) -> Iterator[tuple[Integers, Integers, Floats]]:
     cells = context.cells
     for cell in range(*span):
-        members = cells.members_N[cells.starts[cell] : cells.starts[cell + 1]]
+        begin, end = cells.starts[cell : cell + 2].tolist()
         probing = context.probing[context.starts[cell] : context.starts[cell + 1]]
-        for first, last in spans(len(members), FEW):
-            targets = cells.stored.at(members[first:last])
+        for first, last in spans(end - begin, FEW):
+            targets = cells.stored.between(begin + first, begin + last)
             for start, stop in spans(len(probing), TILE):
                 queries = probing[start:stop]
                 places, cosines = _search(context.queries.at(queries), targets, context.k, context.above)
                 some = (places >= 0).any(axis=1)
-                rows = np.where(places < 0, -1, cells.order_N[members[places + first]])
+                rows = np.where(places < 0, -1, cells.order_N[begin + first + places])
                 yield queries[some], rows[some], cosines[some]

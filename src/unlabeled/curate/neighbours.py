@@ -7,6 +7,9 @@ nearer than a share of that: with a share of 1/2 every pair is found; the differ
 directions, so a far smaller one finds nearly all. The share is chosen on a sample by the recall that is wanted, and
 the recall is measured on another sample against brute force.
 
+All this is done with short sketches of the vectors, whose cosines are upper bounds (`unlabeled.curate.sketch`); the
+pairs that are near by their sketches are then looked at in full.
+
 Shape suffixes: N vectors, D width, K cells, n rows of a block, P pairs.
 """
 
@@ -24,9 +27,10 @@ from numpy.typing import NDArray
 
 from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
-from unlabeled.curate.cells import TILE, Cells, check_memory, find_centroids, lay_out
+from unlabeled.curate.cells import FEW, TILE, Cells, check_memory, find_centroids, lay_out
 from unlabeled.curate.components import UnionFind, forest
 from unlabeled.curate.kmeans import NO_LIMITS
+from unlabeled.curate.sketch import SLACK, sketched
 from unlabeled.errors import UserError
 
 ROUNDING = 1e-6  # what the cosine of a vector with itself may lack
@@ -36,6 +40,9 @@ PAIRS = 2000  # half of them choose the margin, half measure
 PAIRS_OF_A_QUERY = 64  # that count, so that one large group does not decide
 JOINED = 1 << 20  # pairs of a task that are held before only those that connect are kept
 BALLS = 8  # of a large cell
+SEARCHED = 1024  # queries of the sample in one product
+LOOKED_AT = 1 << 16  # pairs that are looked at in full together
+DENSE = 64  # times as many products as are needed cost less at once than one by one
 
 
 class Pairs(NamedTuple):
@@ -95,9 +102,11 @@ class Join:
         threshold: cosine.
         recall: of the pairs above it.
         margin: share of the distance within which a cell is probed.
+        exact: the vectors in full, where the cells hold sketches of them.
     """
 
     cells: Cells
+    exact: Rows | None
     threshold: float
     recall: Recall
     margin: float
@@ -174,18 +183,20 @@ def prepared(
         "memory": resources.memory,
     }
     with resources.folder("neighbours", identity) as folder:
-        centroids = _apart(find_centroids(rows, folder, resources), threshold)
+        short = sketched(rows, threshold, folder, resources) if len(rows) > FEW else None
+        near, exact = (rows, None) if short is None else (short, rows)
+        centroids = _apart(find_centroids(near, folder, resources), threshold)
         file, sample_file = folder / "margin.json", folder / "sample.npz"
         if not file.is_file():
-            sample = _sample(rows, centroids, threshold, resources)
+            sample = _sample(near, exact, centroids, threshold, resources)
             save_arrays(sample_file, **sample)
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps({"margin": _margin(sample, recall)}))
         margin = json.loads(file.read_text())["margin"]
         reach = margin * float(np.sqrt(2 - 2 * threshold))
-        cells = lay_out(rows, centroids, reach, folder, resources)
+        cells = lay_out(near, centroids, reach, folder, resources)
         measured = _measured(cells, load_arrays(sample_file))
-        yield Join(cells, threshold, measured, margin), folder
+        yield Join(cells, exact, threshold, measured, margin), folder
 
 
 def _apart(centroids_KD: Floats, threshold: float) -> Floats:
@@ -201,7 +212,9 @@ def _apart(centroids_KD: Floats, threshold: float) -> Floats:
     return centroids_KD[free]
 
 
-def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resources) -> dict[str, NDArray[Any]]:
+def _sample(
+    rows: Rows, exact: Rows | None, centroids: Floats, threshold: float, resources: Resources
+) -> dict[str, NDArray[Any]]:
     """Return pairs of rows drawn at random with all others, by brute force.
 
     All pairs above the threshold, and of each row that has none the one with its nearest.
@@ -210,16 +223,16 @@ def _sample(rows: Rows, centroids: Floats, threshold: float, resources: Resource
     """
     generator = np.random.default_rng([resources.seed, 2])
     drawn = generator.permutation(len(rows))[: sum(QUERIES)] if len(centroids) > 1 else np.empty(0, np.int64)
-    size = resources.block_rows(4 * (rows.shape[1] + 1024))
+    size = resources.block_rows(4 * rows.shape[1] + 4096)
     columns: list[tuple[Integers, Integers, Floats]] = []
     done = count = 0
     for more in QUERIES:
         queries = drawn[done : done + more]
         if not len(queries) or count >= PAIRS:
             break
-        context = _Queries(rows, queries, rows.at(queries), threshold)
+        context = _Queries(rows, exact, queries, rows.at(queries), threshold)
         blocks = spans(len(rows), size)
-        held = 4 * size * (rows.shape[1] + 1024)
+        held = 8 * size * rows.shape[1] + 8 * TILE * SEARCHED
         query, row, cosine = (
             np.concatenate(column)
             for column in zip(*resources.map(_search_block, context, blocks, held), strict=True)
@@ -302,47 +315,83 @@ def _measured(cells: Cells, sample: dict[str, NDArray[Any]]) -> Recall:
 @dataclass(frozen=True)
 class _Queries:
     rows: Rows
+    exact: Rows | None
     numbers_Q: Integers
     queries_QD: Floats
     threshold: float
 
 
 def _search_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers, Floats]:
-    """Pairs of queries with a block of rows, above the threshold and the nearest: their number, row and cosine."""
+    """Pairs of queries with a block of rows, above the threshold and the nearest: number, row and cosine."""
     block = context.rows.between(*span)
     context.rows.release()
-    count = len(context.queries_QD)
-    columns, nearest, best = [], np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
-    inside = (context.numbers_Q >= span[0]) & (context.numbers_Q < span[1])
-    for first, last in spans(len(block), TILE):
-        cosines = context.queries_QD @ block[first:last].T
-        place = context.numbers_Q - span[0] - first
-        itself = np.flatnonzero(inside & (place >= 0) & (place < last - first))
-        cosines[itself, place[itself]] = -2
-        tops = cosines.argmax(axis=1)
-        top = cosines[np.arange(count), tops]
-        nearest, best = np.where(top > best, tops + first, nearest), np.maximum(best, top)
-        some = np.flatnonzero(top >= context.threshold - ROUNDING)
-        query, row = np.nonzero(cosines[some] >= context.threshold - ROUNDING)
-        columns.append((some[query], row + first + span[0], cosines[some[query], row]))
-    lower = np.flatnonzero(best < context.threshold - ROUNDING)
-    columns.append((lower, nearest[lower] + span[0], best[lower]))
-    query, row, cosine = (np.concatenate(column) for column in zip(*columns, strict=True))
+    rows, numbers, count = context.exact or context.rows, context.numbers_Q, len(context.queries_QD)
+    columns = []
+    room = Room(TILE * SEARCHED)
+    for start, stop in spans(count, SEARCHED):
+        top, best = np.full(stop - start, span[0]), np.full(stop - start, -np.inf, np.float32)
+        inside = np.flatnonzero((numbers[start:stop] >= span[0]) & (numbers[start:stop] < span[1]))
+        for first, last in spans(len(block), TILE):
+            bounds = room.product(context.queries_QD[start:stop], block[first:last])
+            place = numbers[start:stop][inside] - span[0] - first
+            here = (place >= 0) & (place < last - first)
+            bounds[inside[here], place[here]] = -2
+            row = bounds.argmax(axis=1)
+            value = bounds[np.arange(stop - start), row]
+            top, best = np.where(value > best, row + first + span[0], top), np.maximum(value, best)
+            query, row = room.above(context.threshold)
+            columns.append((query + start, row + first + span[0]))
+        lower = np.flatnonzero(best < context.threshold - SLACK)
+        columns.append((lower + start, top[lower]))
+    query, row = (np.concatenate(column) for column in zip(*columns, strict=True))
+    cosine = cosines_of(rows, numbers[query], row)
+    rows.release()
     return query, row, cosine
 
 
-def _above(left_nD: Floats, right_nD: Floats, threshold: float) -> tuple[Integers, Integers, Floats]:
-    """Return places in left, places in right and cosines of the pairs above the threshold."""
-    cosines = left_nD @ right_nD.T
-    places = np.flatnonzero(cosines >= threshold - ROUNDING)
-    left, right = np.divmod(places, cosines.shape[1])
-    return left, right, cosines.ravel()[places]
+class Room:
+    """Memory for one product of vectors after another: new memory would be mapped anew for each, a page at a time."""
+
+    def __init__(self, size: int) -> None:
+        self.products, self.is_above = np.empty(size, np.float32), np.empty(size, bool)
+        self.shape = (0, 0)
+
+    def product(self, left_nD: Floats, right_mD: Floats) -> Floats:
+        """Products (n, m), there until the next ones."""
+        self.shape = (len(left_nD), len(right_mD))
+        size = len(left_nD) * len(right_mD)
+        result: Floats = np.matmul(left_nD, right_mD.T, out=self.products[:size].reshape(self.shape))
+        return result
+
+    def above(self, threshold: float) -> tuple[Integers, Integers]:
+        """Places in left and in right of the products above a threshold."""
+        size = self.shape[0] * self.shape[1]
+        limit = np.float32(threshold - SLACK)
+        found = np.flatnonzero(np.greater_equal(self.products[:size], limit, out=self.is_above[:size]))
+        left, right = np.divmod(found, self.shape[1]) if len(found) else (found, found)
+        return left, right
+
+
+def cosines_of(rows: Rows, left_P: Integers, right_P: Integers) -> Floats:
+    """Cosines of pairs of rows, in full."""
+    result = np.empty(len(left_P), np.float32)
+    for start, stop in spans(len(left_P), LOOKED_AT):
+        one, left = np.unique(left_P[start:stop], return_inverse=True)
+        other, right = np.unique(right_P[start:stop], return_inverse=True)
+        a, b = rows.at(one), rows.at(other)
+        if len(one) * len(other) <= DENSE * (stop - start):
+            result[start:stop] = (a @ b.T)[left, right]
+        else:
+            for first, last in spans(stop - start, TILE):
+                pair = a[left[first:last]], b[right[first:last]]
+                result[start + first : start + last] = np.einsum("pd,pd->p", *pair)
+    return result
 
 
 def _join_cells(join: Join, span: tuple[int, int]) -> Pairs:
     """All pairs of rows that some cells have."""
     found = [pairs for cell in range(*span) for pairs in _cell_pairs(join, cell)]
-    join.cells.stored.release()
+    _release(join)
     if not found:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     left, right, cosines = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -359,7 +408,7 @@ def _connect_cells(context: tuple[Join, Path], item: tuple[int, tuple[int, int]]
     for cell in range(*span):
         balls = _balls(join, cell)
         for ball in range(int(balls.max(initial=-1)) + 1):
-            inside = order[join.cells.members_N[join.cells.starts[cell] + np.flatnonzero(balls == ball)]]
+            inside = order[join.cells.starts[cell] + np.flatnonzero(balls == ball)]
             count += len(inside) * (len(inside) - 1) // 2
             left.append(np.full(len(inside) - 1, inside[0]))
             right.append(inside[1:])
@@ -371,9 +420,15 @@ def _connect_cells(context: tuple[Join, Path], item: tuple[int, tuple[int, int]]
             if held > JOINED:
                 left, right = ([part] for part in forest(np.concatenate(left), np.concatenate(right)))
                 held = 0
-    join.cells.stored.release()
+    _release(join)
     fewest = forest(np.concatenate(left), np.concatenate(right))
     save_arrays(folder / f"connected-{number:06d}.npz", left=fewest[0], right=fewest[1], count=count)
+
+
+def _release(join: Join) -> None:
+    join.cells.stored.release()
+    if join.exact:
+        join.exact.release()
 
 
 def _balls(join: Join, cell: int) -> Integers:
@@ -383,10 +438,12 @@ def _balls(join: Join, cell: int) -> Integers:
     copies of one image need no comparison with one another.
     """
     cells = join.cells
-    members = cells.members_N[cells.starts[cell] : cells.starts[cell + 1]]
-    balls = np.full(len(members), -1, np.int64)
-    if len(members) <= 2 * TILE:
+    begin, end = cells.starts[cell : cell + 2].tolist()
+    balls = np.full(end - begin, -1, np.int64)
+    if len(balls) <= 2 * TILE:
         return balls
+    rows = join.exact or cells.stored
+    members = cells.order_N[begin:end] if join.exact else np.arange(begin, end)
     half = float(np.sqrt((1 + join.threshold) / 2))  # cos(a / 2) from cos(a)
     generator = np.random.default_rng([cell, len(members)])
     number = 0
@@ -394,10 +451,10 @@ def _balls(join: Join, cell: int) -> Integers:
         free = np.flatnonzero(balls < 0)
         if not len(free):
             break
-        pivot = cells.stored.at(members[generator.choice(free, 1)])[0]
+        pivot = rows.at(members[generator.choice(free, 1)])[0]
         near = np.concatenate(
             [
-                cells.stored.at(members[free[start:stop]]) @ pivot >= half + 2 * ROUNDING
+                rows.at(members[free[start:stop]]) @ pivot >= half + 2 * ROUNDING
                 for start, stop in spans(len(free), TILE)
             ]
         )
@@ -412,25 +469,53 @@ def _cell_pairs(join: Join, cell: int, balls: Integers | None = None) -> Iterato
 
     balls: of members with the same number but -1 no pair is given, see `_balls`.
     """
+    columns, held = [], 0
+    for left, right in _near_pairs(join, cell, balls):
+        columns.append((left, right))
+        held += len(left)
+        if held > LOOKED_AT:
+            yield _in_full(join, columns)
+            columns, held = [], 0
+    if held:
+        yield _in_full(join, columns)
+
+
+def _in_full(join: Join, columns: list[tuple[Integers, Integers]]) -> Pairs:
+    """Those of some pairs of stored rows that are above the threshold in full."""
+    left, right = (np.concatenate(column) for column in zip(*columns, strict=True))
+    if join.exact:
+        order = join.cells.order_N
+        cosines = cosines_of(join.exact, order[left], order[right])
+    else:
+        cosines = cosines_of(join.cells.stored, left, right)
+    above = cosines >= join.threshold - ROUNDING
+    return Pairs(left[above], right[above], cosines[above])
+
+
+def _near_pairs(join: Join, cell: int, balls: Integers | None) -> Iterator[tuple[Integers, Integers]]:
+    """Give pairs whose products of stored rows are above the threshold, each once; see `_cell_pairs`."""
     cells, stored = join.cells, join.cells.stored
-    members = cells.members_N[cells.starts[cell] : cells.starts[cell + 1]]
-    probing = cells.probing[cells.probing_starts[cell] : cells.probing_starts[cell + 1]]
+    begin, end = cells.starts[cell : cell + 2].tolist()
+    members = np.arange(begin, end)
     ball = np.full(len(members), -1, np.int64) if balls is None else np.sort(balls)
     if balls is not None:
         members = members[np.argsort(balls, kind="stable")]
+    probing = cells.probing(cell)
+    room = Room(TILE * min(TILE, len(members)))
     for first, last in spans(len(members), TILE):
         targets = stored.at(members[first:last])
         for start, stop in spans(last, TILE):
             if ball[start] >= 0 and ball[start] == ball[last - 1]:
                 continue  # all of one ball, as they are sorted by it
-            queries = targets if start == first else stored.at(members[start:stop])
-            left, right, cosines = _above(queries, targets, join.threshold)
+            room.product(targets if start == first else stored.at(members[start:stop]), targets)
+            left, right = room.above(join.threshold)
             left, right = left + start, right + first
             once = (left < right) & ((ball[left] < 0) | (ball[left] != ball[right]))
-            yield Pairs(members[left[once]], members[right[once]], cosines[once])
+            yield members[left[once]], members[right[once]]
         for start, stop in spans(len(probing), TILE):
-            left, right, cosines = _above(stored.at(probing[start:stop]), targets, join.threshold)
+            room.product(stored.at(probing[start:stop]), targets)
+            left, right = room.above(join.threshold)
             a, b = probing[left + start], members[right + first]
             # Where each probes the cell of the other, the pair comes up twice.
             once = (a < b) | ~cells.has_probe(b, cells.cells_N[a])
-            yield Pairs(a[once], b[once], cosines[once])
+            yield a[once], b[once]
