@@ -6,11 +6,12 @@ Views are view-major: row v * B + b is view v of image b. Every loss is a float3
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from unlabeled.pretrain.targets import Assignment
@@ -154,6 +155,24 @@ def ibot_loss(
     )
 
 
+class GatheredRows(Function):
+    """(B, D) of every rank -> (world * B, D), with the gradient that all ranks have for the rows of this one."""
+
+    @staticmethod
+    def forward(ctx: Any, mine_BD: Tensor) -> Tensor:
+        """Concatenate; the ranks hold the same number of rows."""
+        parts = [torch.empty_like(mine_BD) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine_BD.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> Tensor:
+        """Sum over the ranks; each keeps its own rows."""
+        total_ND = gradient_ND.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total_ND)
+        return total_ND.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def koleo_loss(
     features_BD: Tensor, eps: float = 1e-8, group_wide: bool = False, left_out_BB: Tensor | None = None
 ) -> Tensor:
@@ -171,9 +190,7 @@ def koleo_loss(
         mine_BD = F.normalize(features_BD.to(torch.promote_types(features_BD.dtype, torch.float32)), dim=-1)
         all_ND, first = mine_BD, 0
         if group_wide and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            from torch.distributed.nn.functional import all_gather
-
-            all_ND = torch.cat(all_gather(mine_BD))
+            all_ND = cast(Any, GatheredRows).apply(mine_BD)
             first = dist.get_rank() * len(mine_BD)
         if len(all_ND) < 2:
             return mine_BD.sum() * 0

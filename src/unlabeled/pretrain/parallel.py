@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -89,7 +90,11 @@ class Parallel:
             dist.broadcast(value, 0)
         teacher.load_state_dict(student.state_dict())
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False), teacher
+        with warnings.catch_warnings():
+            # The argument's name changed in a torch that is newer than the oldest one that will do.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped = nn.parallel.DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False)
+        return wrapped, teacher
 
     @staticmethod
     def unwrap(network: nn.Module) -> nn.Module:
