@@ -33,26 +33,28 @@ def assert_same_features(ours: VisionTransformer, theirs, sizes: list[tuple[int,
         with torch.no_grad():
             assert_same_hidden_states(ours, theirs, images)
             if H * W <= 224 * 224:
-                out = theirs(images, bool_masked_pos=masks)
-                tokens = ours(images, masks)
-                assert_near(whole(tokens), out.last_hidden_state)
-                assert_near(tokens.cls, out.pooler_output)
+                assert_same_hidden_states(ours, theirs, images, masks)
 
 
-def assert_same_hidden_states(ours: VisionTransformer, theirs, images: Tensor) -> None:
+def assert_same_hidden_states(
+    ours: VisionTransformer, theirs, images: Tensor, masks: Tensor | None = None
+) -> None:
     """Every hidden state and every block's attention, the pooled output and the last hidden state."""
-    out = theirs(images, output_hidden_states=True, output_attentions=True)
-    hidden = [ours.embed(images)[0]]
-    hidden += map(whole, ours.intermediate_layers(images, range(ours.config.depth), norm=False))
+    out = theirs(images, bool_masked_pos=masks, output_hidden_states=True, output_attentions=True)
+    hidden = ours.embed(images, masks)[0]
     for layer, block in enumerate(ours.blocks):
-        assert_near(hidden[layer], out.hidden_states[layer])
-        assert_near(block.attn.weights(block.norm1(hidden[layer])), out.attentions[layer])
-    assert_near(hidden[-1], out.hidden_states[-1])
-    assert_near(ours.norm(hidden[-1]), out.last_hidden_state)
-    tokens = ours(images)
+        assert_near(hidden, out.hidden_states[layer])
+        assert_near(block.attn.weights(block.norm1(hidden)), out.attentions[layer])
+        hidden = block(hidden)
+    assert_near(hidden, out.hidden_states[-1])
+    tokens = ours(images, masks)
     assert_near(whole(tokens), out.last_hidden_state)
     assert_near(tokens.cls, out.pooler_output)
-    assert_near(ours.attention(images, 0), out.attentions[0])
+    if masks is None:
+        layers = ours.intermediate_layers(images, range(ours.config.depth), norm=False)
+        for layer, tokens in enumerate(layers):
+            assert_near(whole(tokens), out.hidden_states[layer + 1])
+        assert_near(ours.attention(images, 0), out.attentions[0])
 
 
 def assert_near(ours: Tensor, theirs: Tensor) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.weights.conftest import CONFIGS
 from unlabeled.errors import UserError
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights.load import load_model
@@ -57,17 +58,19 @@ def test_the_file_s_keys_tell_the_format(random_model: Make, configs, tmp_path: 
         load_model(tmp_path / "model.bin")
 
 
-@pytest.mark.parametrize("with_layer_scale", [True, False], ids=["", "original DINO"])
-def test_timm_s_own_model(
-    with_layer_scale: bool, config: VitConfig, random_model: Make, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "with_layer_scale"),
+    [
+        *((kind, True) for kind, config in CONFIGS.items() if config.qkv_bias),
+        ("plain", False),  # the original DINO
+        ("small images", False),
+    ],
+)
+def test_timm_s_own_model(kind: str, with_layer_scale: bool, random_model: Make, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="timm needs torchvision", exc_type=ImportError)
     from timm.layers import SwiGLUPacked
 
-    if not config.qkv_bias:
-        pytest.skip("no such model in timm")
-    if not with_layer_scale and (config.num_registers or config.ffn == "swiglu"):
-        pytest.skip("the original DINO has neither registers nor SwiGLU")
+    config = CONFIGS[kind]
     ratio = 2 * config.hidden_width / config.width
     swiglu = {"mlp_ratio": ratio, "mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     theirs = timm.models.vision_transformer.VisionTransformer(
