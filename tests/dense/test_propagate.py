@@ -13,7 +13,7 @@ from tests.dense.discs import moving
 from unlabeled import UserError, VisionTransformer
 from unlabeled.dense import propagate_data as module
 from unlabeled.dense.masks import labels_of
-from unlabeled.dense.propagate import Labelled, Propagation, normalised, propagated
+from unlabeled.dense.propagate import Directions, Labelled, Propagation, normalised, propagated
 from unlabeled.dense.propagate_data import propagate_data
 from unlabeled.dense.regions import region_similarity
 from unlabeled.dense.video import Frames, write_video
@@ -73,7 +73,7 @@ def test_a_grid_of_several_tiles() -> None:
 
 def test_the_first_and_the_last_frames_are_remembered() -> None:
     rng = np.random.default_rng(0)
-    propagation = Propagation(memory=2, top=3, neighbourhood=2)
+    propagation = Propagation(memory=2, top=3, neighbourhood=2, temperature=0.1)
     first = propagation.begin(frame(rng, 4, 5))
     seen = [first]
     for _ in range(5):
@@ -81,6 +81,28 @@ def test_the_first_and_the_last_frames_are_remembered() -> None:
         expected = looped(features, [first, *seen[1:][-2:]], 3, 2, 0.1)
         seen.append(propagation.next(features))
         np.testing.assert_allclose(seen[-1].labels, expected, atol=1e-5)
+
+
+def test_what_all_patches_share_does_not_count_and_the_reach_follows_the_grid() -> None:
+    """A backbone whose patches differ by little: as they are, everything is as near as everything."""
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=(10, 16, 6)).astype(np.float32)
+    features = np.float32([50, 0, 0, 0, 0, 0]) + own
+    first = rng.random((2, 10, 16)).astype(np.float32)
+    directions = Directions.of(features)
+    unit = directions(features)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=-1), 1, atol=1e-5)
+    assert unit.reshape(-1, 6).mean(0) == pytest.approx(np.zeros(6), abs=0.1)
+    propagation = Propagation(top=1)
+    propagation.begin(Labelled(unit, first))
+    for moved in (1, 2):  # columns; a fifth of 10 rows
+        again = propagation.next(directions(np.roll(features, moved, axis=1))).labels
+        np.testing.assert_array_equal(again[:, :, moved:], first[:, :, :-moved])
+        propagation.last.clear()
+    too_far = propagation.next(directions(np.roll(features, 3, axis=1))).labels
+    assert (too_far[:, :, 3:] != first[:, :, :-3]).all()
+    flat = Directions.of(np.ones((3, 3, 4), np.float32))
+    np.testing.assert_array_equal(flat(np.ones((3, 3, 4), np.float32)), 0)
 
 
 def test_a_map_is_spread_from_0_to_1_unless_nothing_is_in_it() -> None:
@@ -141,7 +163,7 @@ def test_a_run_that_was_stopped_goes_on_the_same(
             patch.setattr(module, "save_image", stopping)
             with pytest.raises(KeyboardInterrupt):
                 propagate_data(local_model, Frames(frames), first_labels, out, **options)
-        assert len(list((out / "state").iterdir())) <= 4
+        assert len(list((out / "state").iterdir())) <= 5
         again = propagate_data(local_model, Frames(frames), first_labels, out, **options)
         assert {**again, "out": 0, "video": 0, "picture": 0} == {**whole, "out": 0, "video": 0, "picture": 0}
         for path in (tmp_path / "whole" / "masks").iterdir():

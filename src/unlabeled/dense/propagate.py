@@ -14,11 +14,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unlabeled.dense.reference import whitened
+from unlabeled.features.fitting import unit_rows
+
 TOP = 5
-NEIGHBOURHOOD = 12  # patches, to each side
+NEIGHBOURHOOD = 0.2  # of the grid's shorter side, to each side: 12 patches of the protocol's 60 rows
 MEMORY = 7  # last frames, beside the first
-TEMPERATURE = 0.1
+TEMPERATURE = 0.05  # of whitened features; the protocol has 0.1 of features as they are
 _TILE = 8  # patches: a square of them is compared with a square of the other frames at once
+
+
+class Directions(NamedTuple):
+    """Features as they are compared: whitened by what a video's first frame has in common, and of length 1.
+
+    Patches of one street are all alike to a small backbone: without it the most similar patch is hardly more similar
+    than any other.
+    """
+
+    mean_D: NDArray[np.float32]
+    whitening_DD: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, features_hwD: NDArray[np.float32]) -> Directions:
+        """Learn from the patches of a first frame."""
+        return cls(*whitened(features_hwD.reshape(-1, features_hwD.shape[-1])))
+
+    def __call__(self, features_hwD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a frame's features (h, w, D), of length 1."""
+        white_hwD = ((features_hwD - self.mean_D) @ self.whitening_DD).astype(np.float32, copy=False)
+        return unit_rows(white_hwD).reshape(features_hwD.shape)
 
 
 class Labelled(NamedTuple):
@@ -33,7 +57,7 @@ class Propagation:
 
     Args:
         memory: how many of the last frames are kept, the first not counted.
-        top, neighbourhood, temperature: see `propagated`.
+        top, neighbourhood, temperature: see `propagated`; a neighbourhood of None is NEIGHBOURHOOD of the grid.
 
     Attributes:
         first: the frame whose mask is given.
@@ -44,7 +68,7 @@ class Propagation:
         self,
         memory: int = MEMORY,
         top: int = TOP,
-        neighbourhood: int = NEIGHBOURHOOD,
+        neighbourhood: int | None = None,
         temperature: float = TEMPERATURE,
     ) -> None:
         self.first: Labelled | None = None
@@ -61,7 +85,10 @@ class Propagation:
         """Return the next frame with its labels, and keep it; `begin` is called before."""
         assert self.first is not None
         context = [self.first, *self.last]
-        labels_Chw = propagated(features_hwD, context, self.top, self.neighbourhood, self.temperature)
+        near = self.neighbourhood
+        if near is None:
+            near = max(1, round(NEIGHBOURHOOD * min(features_hwD.shape[:2])))
+        labels_Chw = propagated(features_hwD, context, self.top, near, self.temperature)
         frame = Labelled(features_hwD, labels_Chw)
         self.last.append(frame)
         return frame
@@ -71,9 +98,9 @@ class Propagation:
 def propagated(
     features_hwD: NDArray[np.float32],
     context: Sequence[Labelled],
-    top: int = TOP,
-    neighbourhood: int = NEIGHBOURHOOD,
-    temperature: float = TEMPERATURE,
+    top: int,
+    neighbourhood: int,
+    temperature: float,
 ) -> NDArray[np.float32]:
     """Return the labels of a frame's patches, (C, h, w), from frames of the same grid whose labels are known.
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,9 @@ from unlabeled.dense.mask_pictures import draw_frames, overlay
 from unlabeled.dense.masks import OBJECT, Labels, patch_shares
 from unlabeled.dense.propagate import (
     MEMORY,
-    NEIGHBOURHOOD,
     TEMPERATURE,
     TOP,
+    Directions,
     Labelled,
     Propagation,
     normalised,
@@ -29,7 +30,6 @@ from unlabeled.dense.segment_data import Places, begin, named, save_image
 from unlabeled.dense.upsample import upsampled
 from unlabeled.dense.video import Frame, Frames, write_video
 from unlabeled.errors import UserError, writing
-from unlabeled.features.fitting import unit_rows
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.progress import Progress
 from unlabeled.weights.files import replacing
@@ -53,7 +53,7 @@ def propagate_data(
     layer: int = -1,
     memory: int = MEMORY,
     top: int = TOP,
-    neighbourhood: int = NEIGHBOURHOOD,
+    neighbourhood: int | None = None,
     temperature: float = TEMPERATURE,
     radius: float = RADIUS,
     class_names: Sequence[str] | None = None,
@@ -73,7 +73,7 @@ def propagate_data(
     Returns targets (frames that have a mask), bad_files, out, video, picture, and pixels: how many of each class.
     Raises UserError where mask and first frame differ in size, no frame can be read, or `segment_data` does.
     """
-    if memory < 0 or top < 1 or neighbourhood < 0 or not temperature > 0 or radius < 0:
+    if memory < 0 or top < 1 or (neighbourhood or 0) < 0 or not temperature > 0 or radius < 0:
         raise UserError(
             "Propagation takes the 1 or more most similar patches within 0 or more rows and columns of 0 or more last "
             f"frames, at a temperature above 0; not {top}, {neighbourhood}, {memory} and {temperature:g}."
@@ -104,15 +104,14 @@ def propagate_data(
             if not path.exists():
                 assert frame.pixels is not None
                 features_hwD = extractor(frame.pixels)
-                unit = unit_rows(features_hwD).reshape(features_hwD.shape)
                 if done:
-                    known = state.at(done).next(unit)
+                    propagation, directions = state.at(done)
+                    known = propagation.next(directions(features_hwD))
                     maps = upsampled(known.labels, frame.pixels, radius)
                     places_HW, _ = largest(normalised(one) for one in maps)
                     mask_HW = mask_values(labels.classes, labels.is_binary)[places_HW]
                 else:
-                    shares = _shares(labels, unit)
-                    known = state.propagation.begin(Labelled(unit, shares))
+                    known = state.begin(features_hwD, _shares(labels, features_hwD))
                     mask_HW = labels.maps[0] * np.uint8(OBJECT) if labels.is_binary else labels.maps[0]
                 state.save(done, known)
                 save_image(mask_HW, path)
@@ -193,20 +192,28 @@ class _State:
 
     def __init__(self, folder: Path, propagation: Propagation) -> None:
         self.folder, self.propagation = folder, propagation
+        self.directions: Directions | None = None
 
-    def at(self, number: int) -> Propagation:
-        """Return the propagation as it is before a frame; what is not in memory is read."""
-        if self.propagation.first is None:
+    def begin(self, features_hwD: NDArray[np.float32], labels_Chw: NDArray[np.float32]) -> Labelled:
+        """Take the frame whose mask is given, write what the next ones are compared by, and return the frame."""
+        self.directions = Directions.of(features_hwD)
+        self._write(self.folder / "directions.npz", self.directions._asdict())
+        return self.propagation.begin(Labelled(self.directions(features_hwD), labels_Chw))
+
+    def at(self, number: int) -> tuple[Propagation, Directions]:
+        """Return the propagation as it is before a frame, and its directions; what is not in memory is read."""
+        if self.directions is None:
+            self.directions = Directions(**self._read(self.folder / "directions.npz"))
             memory = self.propagation.last.maxlen or 0
-            self.propagation.begin(self._read(0))
-            self.propagation.last.extend(self._read(one) for one in range(max(1, number - memory), number))
-        return self.propagation
+            before = range(max(1, number - memory), number)
+            first, *last = (Labelled(**self._read(self._path(one))) for one in (0, *before))
+            self.propagation.begin(first)
+            self.propagation.last.extend(last)
+        return self.propagation, self.directions
 
     def save(self, number: int, frame: Labelled) -> None:
         """Write a frame, and remove the one that is no longer needed."""
-        path = self._path(number)
-        with writing(path), replacing(path) as part, part.open("wb") as file:
-            np.savez(file, features=frame.features, labels=frame.labels)
+        self._write(self._path(number), frame._asdict())
         # One more than is remembered: the mask of this frame is not written yet.
         old = number - (self.propagation.last.maxlen or 0) - 1
         if old > 0:
@@ -215,12 +222,16 @@ class _State:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.npz"
 
-    def _read(self, number: int) -> Labelled:
+    @staticmethod
+    def _write(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
+        with writing(path), replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def _read(self, path: Path) -> dict[str, NDArray[np.float32]]:
         try:
-            with np.load(self._path(number)) as held:
-                return Labelled(held["features"], held["labels"])
-        except (OSError, ValueError, KeyError) as error:
+            with np.load(path) as held:
+                return dict(held)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise UserError(
-                f"{self.folder.parent} cannot be gone on with: {self._path(number)} is missing or damaged; choose "
-                "another --out."
+                f"{self.folder.parent} cannot be gone on with: {path} is missing or damaged; choose another --out."
             ) from error
