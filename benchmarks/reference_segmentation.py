@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -24,16 +25,19 @@ from numpy.typing import NDArray
 from machine import device_name
 from unlabeled.dense.masks import IGNORE, Labels, patch_shares
 from unlabeled.dense.metrics import confusion_matrix, segmentation_scores
-from unlabeled.dense.propagate import Labelled, Propagation, normalised
+from unlabeled.dense.propagate import TEMPERATURE, Directions, Labelled, Propagation, normalised
+from unlabeled.dense.propagate_data import RADIUS
 from unlabeled.dense.reference import Prototypes, decided, dense_extractor, largest, prototypes_of
 from unlabeled.dense.regions import video_scores
-from unlabeled.dense.upsample import enlarged, upsampled
+from unlabeled.dense.upsample import upsampled
 from unlabeled.features.extractor import Extractor
 from unlabeled.features.fitting import unit_rows
 from unlabeled.features.inputs import as_pixels
 
 CLASSES = 11
 VOID = 11
+OBJECTS = (0, 1, 3, 5, 8)  # sky, building, road, tree, car: each against the rest
+POWERS = (0, 0.25, 0.5, 1)  # of a class's share of the marked patches
 Grid = NDArray[np.float32]
 Method = Callable[[list[Grid], list[NDArray[np.uint8]], Extractor], Callable[[str], NDArray[np.integer]]]
 
@@ -138,9 +142,8 @@ def ways(grids: list[Grid], labels: Labels, extractor: Extractor, all_of_them: b
         ),
     )
     yield "ours, largest cosine", lambda grid, pixels: decided(hard(whole, grid), pixels, whole.radius)[0]
-    totals = np.bincount(whole.owners, whole.weights)
-    even = replace(whole, weights=(whole.weights / totals[whole.owners]).astype(np.float32))
-    yield "ours, all classes alike", lambda grid, pixels: decided(even.similarity(grid), pixels)[0]
+    rarer = with_prior(whole, grids, labels, 0.5)
+    yield "ours, rare classes less", lambda grid, pixels: decided(rarer.similarity(grid), pixels)[0]
     for count in (1, 8, 32):
         few = prototypes_of(grids, labels, extractor, num_prototypes=count)
         yield (
@@ -153,6 +156,65 @@ def ways(grids: list[Grid], labels: Labels, extractor: Extractor, all_of_them: b
     ]  # whitening that is none
     bare = prototypes_without_whitening(shifted, labels, extractor, D, grids)
     yield "ours, not whitened", lambda grid, pixels: decided(bare.similarity(grid), pixels)[0]
+
+
+def with_prior(whole: Prototypes, grids: list[Grid], labels: Labels, power: float) -> Prototypes:
+    """Prototypes whose classes weigh as a power of their share of the marked patches."""
+    marked = np.array(
+        [
+            sum(
+                float(patch_shares(one == number, grid.shape[:2]).sum())
+                for one, grid in zip(labels.maps, grids, strict=True)
+            )
+            for number in whole.classes
+        ]
+    )
+    totals = np.bincount(whole.owners, whole.weights)
+    factors = (marked / marked.max()) ** power / totals
+    return replace(whole, weights=(whole.weights * factors[whole.owners]).astype(np.float32))
+
+
+def priors(train: Set, val: Set, counts: list[int], draws: int) -> list[str]:
+    """Of n whole images with all of their labels: one object against the rest, or all classes, by the prior's power."""
+    found: dict[tuple[str, float], dict[int, list[float]]] = {}
+
+    def measure(kind: str, count: int, chosen: list[str], number: int | None) -> None:
+        def mapped(labels_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            if number is None:
+                return labels_HW
+            return np.where(labels_HW == IGNORE, IGNORE, labels_HW == number).astype(np.uint8)
+
+        maps = [mapped(train.labels[stem]) for stem in chosen]
+        present = np.unique(np.concatenate([np.unique(one) for one in maps]))
+        labels = Labels(maps, tuple(int(one) for one in present if one != IGNORE), number is not None)
+        grids = [train.grid(stem) for stem in chosen]
+        whole = prototypes_of(grids, labels, val.extractor)
+        for power in POWERS:
+            made = with_prior(whole, grids, labels, power)
+            confusion = np.zeros((CLASSES, CLASSES), np.int64)
+            for stem in val.paths:
+                places = decided(made.similarity(val.grid(stem)), val.pixels(stem), made.radius)[0]
+                predicted = np.array(made.classes)[places]
+                confusion += confusion_matrix(predicted, mapped(val.labels[stem]), CLASSES, IGNORE)
+            scores = segmentation_scores(confusion)
+            value = float(scores.miou if number is None else scores.iou[1])
+            found.setdefault((kind, power), {}).setdefault(count, []).append(100 * value)
+
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        for count in counts:
+            measure("all classes, mIoU", count, rng.choice(list(train.labels), count, False).tolist(), None)
+            for number in OBJECTS:
+                covers = {stem: (labels == number).mean() for stem, labels in train.labels.items()}
+                holds = [stem for stem, share in covers.items() if share >= 0.02]
+                chosen = rng.choice(holds, min(count, len(holds)), False).tolist()
+                measure("one object and background, IoU", count, chosen, number)
+    lines = ["| whole images | power | " + " | ".join(map(str, counts)) + " |"]
+    lines.append("|" + "---|" * (2 + len(counts)))
+    for (kind, power), by_count in found.items():
+        cells = [f"{np.mean(by_count[count]):.1f}" for count in counts]
+        lines.append(f"| {kind} | {power:g} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def prototypes_without_whitening(
@@ -190,42 +252,58 @@ def moving_object(
 def propagate(
     frames: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], extractor: Extractor, classes: tuple[int, ...]
 ) -> dict[str, tuple[float, float, float]]:
-    """J&F, J and F of masks made from the same labels of patches in several ways, and of the first mask kept."""
-    propagation = Propagation()
-    found: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in ("first mask kept", *WAYS)}
-    for number, (pixels, truth) in enumerate(frames):
-        grid = extractor(pixels)
-        unit = unit_rows(grid).reshape(grid.shape)
-        if number:
-            labels = propagation.next(unit).labels
-        else:
-            labels = np.stack([patch_shares(truth == one, (grid.shape[0], grid.shape[1])) for one in classes])
-            propagation.begin(Labelled(unit, labels))
-        for name, way in WAYS.items():
-            found[name].append(np.array(classes, np.uint8)[way(labels, pixels)])
-        found["first mask kept"].append(frames[0][1])
-    objects = [one for one in classes if one or len(classes) > 2]
+    """J&F, J and F of the first mask kept, of propagation in several ways, and of the truth itself through the grid."""
+    grids = [extractor(pixels) for pixels, _ in frames]
+    given = [
+        np.stack([patch_shares(truth == one, (grid.shape[0], grid.shape[1])) for one in classes])
+        for (_, truth), grid in zip(frames, grids, strict=True)
+    ]
     truths = [truth for _, truth in frames]
+    found = {"first mask kept": [truths[0]] * len(frames)}
+    for name, way in WAYS.items():
+        directions = (
+            Directions.of(grids[0]) if way.whitened else lambda grid: unit_rows(grid).reshape(grid.shape)
+        )
+        propagation = Propagation(neighbourhood=way.neighbourhood, temperature=way.temperature)
+        propagation.begin(Labelled(directions(grids[0]), given[0]))
+        labels = [given[0], *(propagation.next(directions(grid)).labels for grid in grids[1:])]
+        found[name] = [
+            decided_by(maps, pixels, way.radius, classes)
+            for maps, (pixels, _) in zip(labels, frames, strict=True)
+        ]
+    found["truth, as patches' shares"] = [
+        decided_by(maps, pixels, RADIUS, classes) for maps, (pixels, _) in zip(given, frames, strict=True)
+    ]
+    objects = [one for one in classes if one or len(classes) > 2]
     scored = {name: video_scores(masks, truths, objects) for name, masks in found.items()}
     return {name: (100 * one.jf, 100 * one.j, 100 * one.f) for name, one in scored.items()}
 
 
-def protocol(labels: Grid, pixels: NDArray[np.uint8]) -> NDArray[np.integer]:
-    """DINO's: bilinear, each class from 0 to 1, the largest."""
-    maps = (enlarged(one, (pixels.shape[0], pixels.shape[1])) for one in labels)
-    return largest(normalised(one) for one in maps)[0]
+def decided_by(
+    labels: Grid, pixels: NDArray[np.uint8], radius: float, classes: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    maps = upsampled(labels, pixels, radius)
+    return np.array(classes, np.uint8)[largest(normalised(one) for one in maps)[0]]
 
 
-def filtered(radius: float) -> Callable[[Grid, NDArray[np.uint8]], NDArray[np.integer]]:
-    return lambda labels, pixels: largest(normalised(one) for one in upsampled(labels, pixels, radius))[0]
+class Way(NamedTuple):
+    """How a mask goes through a video; by default as `unlabeled segment` does it."""
+
+    whitened: bool = True
+    neighbourhood: int | None = None
+    temperature: float = TEMPERATURE
+    radius: float = RADIUS
 
 
 WAYS = {
-    "protocol": protocol,
-    "not normalised": lambda labels, pixels: decided(labels, pixels, 0)[0],
-    "guided, half a patch": filtered(0.5),
-    "guided, one patch": filtered(1.0),
+    "ours": Way(),
+    "not whitened": Way(whitened=False),
+    "temperature 0.1": Way(temperature=0.1),
+    "12 rows and columns": Way(neighbourhood=12),
+    "bilinear only": Way(radius=0),
+    "DINO's protocol": Way(False, 12, 0.1, 0),
 }
+WINDOWS = (0, 40, 80)  # frames of the film that a mask is given for
 
 
 def main() -> None:
@@ -233,9 +311,12 @@ def main() -> None:
     parser.add_argument("camvid", type=Path)
     parser.add_argument("model")
     parser.add_argument("--size", type=int, default=240)
-    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=3, help="of references; 0: videos alone")
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 5, 20])
+    parser.add_argument(
+        "--priors", type=int, nargs="*", default=[1, 5], help="whole images; none: not measured"
+    )
     parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -253,7 +334,7 @@ def main() -> None:
                 scores.setdefault((count, name), []).append(value)
                 times.setdefault(name, []).append(seconds)
                 print(f"{count:3} {name:28} {value:5.1f}  {time.perf_counter() - begun:.0f} s", flush=True)
-    per_image = val.seconds / len(val.paths)
+    per_image = val.seconds / max(len(val.grids), 1)
     names = list(dict.fromkeys(name for _, name in scores))
     lines = [
         f"{len(val.paths)} images of val, 480 x 360, {CLASSES} classes; {options.draws} draws of references, mean and "
@@ -267,21 +348,25 @@ def main() -> None:
         cells = [scores.get((count, name)) for count in options.counts]
         shown = [f"{np.mean(cell):.1f} +- {np.std(cell):.1f}" if cell else "" for cell in cells]
         lines.append(f"| {name} | " + " | ".join(shown) + f" | {1000 * np.mean(times[name]):.0f} |")
+    if options.priors and options.draws:
+        lines += ["", *priors(train, val, options.priors, options.draws)]
     if options.frames:
-        lines += ["", "| J&F (J, F) in % | " + " | ".join(["first mask kept", *WAYS]) + " |"]
-        lines.append("|---|" + "---|" * (len(WAYS) + 1))
+        names = ["first mask kept", *WAYS, "truth, as patches' shares"]
+        lines += ["", "| J&F (J, F) in % | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
         whole = Set(options.camvid / "val", extractor)
         stems = list(whole.paths)
+        street = [(whole.pixels(stem), whole.labels[stem]) for stem in stems]
         cat = as_pixels(Path(skimage.__file__).parent / "data" / "chelsea.png")
-        moving = moving_object(whole.pixels(stems[0]), cat, options.frames)
-        street = [(whole.pixels(stem), whole.labels[stem]) for stem in stems[: options.frames]]
-        present = tuple(int(one) for one in np.unique(street[0][1]) if one != IGNORE)
-        for name, frames, classes in (
-            ("textured object", moving, (0, 1)),
-            ("CamVid, 0016E5", street, present),
-        ):
-            found = propagate(frames, extractor, classes)
-            cells = [f"{jf:.1f} ({j:.1f}, {f:.1f})" for jf, j, f in found.values()]
+        films = {"textured object": [moving_object(street[0][0], cat, options.frames)]}
+        films[f"CamVid, {len(WINDOWS)} first masks"] = [
+            street[first : first + options.frames] for first in WINDOWS
+        ]
+        for name, parts in films.items():
+            rows = []
+            for frames in parts:
+                present = tuple(int(one) for one in np.unique(frames[0][1]) if one != IGNORE)
+                rows.append(list(propagate(frames, extractor, present).values()))
+            cells = [f"{jf:.1f} ({j:.1f}, {f:.1f})" for jf, j, f in np.mean(rows, axis=0)]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     print(text)

@@ -159,6 +159,17 @@ def test_several_references_classes_and_targets(local_model: unlabeled.VisionTra
         assert set(np.unique(segmentation.mask)) == {4, 9}
 
 
+def test_of_several_classes_the_rare_ones_count_alike() -> None:
+    reference, inside = scene(1)
+    for numbers, is_binary in (((0, 255), True), ((4, 9), False)):
+        mask = np.where(inside, numbers[1], numbers[0]).astype(np.uint8)
+        references = open_references(reference, mask)
+        assert references.labels.is_binary == is_binary
+        found = learn_prototypes(make_local_model(depth=1), references, size=64, device="cpu")
+        rare, common = sorted(np.bincount(found.owners, found.weights))
+        assert common == pytest.approx(1) and (rare < 0.9 if is_binary else rare == pytest.approx(1))
+
+
 def test_masks_of_one_object_each(local_model: unlabeled.VisionTransformer) -> None:
     pixels, inside = scene(1)
     left = np.arange(pixels.shape[1]) < 20

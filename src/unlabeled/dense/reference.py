@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PROTOTYPES = 128  # a class
 RIDGE = 0.5  # of the covariance's mean variance, added to each of its variances
 TEMPERATURE = 0.05  # of the soft maximum over a class's prototypes
-PRIOR = 0.5  # power of a class's share of the marked patches
+PRIOR = 0.5  # power of the share of the marked patches: an object is expected to be as rare as it was
 SMALLEST_GRID = 37  # patches along the short side, of the released models' images; a smaller grid is coarse
 ITERATIONS = 20  # of k-means
 SAMPLE = 1000  # patches a prototype that k-means sees at most
@@ -50,8 +50,8 @@ class Prototypes:
 
     Attributes:
         vectors: float32 (P, D), of length 1.
-        weights: float32 (P,), positive; those of a class sum to (its share / the largest class's share) ** PRIOR of the
-            marked patches, and within it each has that of the patches it stands for.
+        weights: float32 (P,), positive; those of a class sum to 1, and for masks of one object to (its share / the
+            larger share) ** PRIOR of the marked patches; within a class each has that of the patches it stands for.
         owners: int64 (P,), the place of each prototype's class in `classes`.
         mean, whitening: float32 (D,) and (D, D): features x become (x - mean) @ whitening before a cosine is taken.
         classes: numbers, in ascending order.
@@ -226,12 +226,14 @@ def prototypes_of(
     rows_ND = unit_rows((features_ND - mean) @ whitening)
     vectors, weights = [], []
     marked_C = shares_CN.sum(1, dtype=np.float64)
+    # Of several classes the rare ones count as much as the others, by what people ask for and by mIoU.
+    prior = PRIOR if labels.is_binary else 0.0
     for shares_N, marked in zip(shares_CN, marked_C, strict=True):
         rows, shares = rows_ND[shares_N > 0], shares_N[shares_N > 0]
         means = spherical_kmeans(rows, shares, num_prototypes, seed)
         stands_for = np.bincount((rows @ means.T).argmax(1), shares, len(means))
         vectors.append(means[stands_for > 0])
-        weights.append(stands_for[stands_for > 0] / marked * (marked / marked_C.max()) ** PRIOR)
+        weights.append(stands_for[stands_for > 0] / marked * (marked / marked_C.max()) ** prior)
     return Prototypes(
         np.concatenate(vectors),
         np.concatenate(weights, dtype=np.float32),
