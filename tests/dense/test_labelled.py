@@ -57,6 +57,15 @@ def test_names_of_classes(folder: Path) -> None:
     assert labelled_images(folder, class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
 
 
+def test_a_stray_label_without_names_is_found(folder: Path) -> None:
+    stray = np.zeros((12, 16), np.uint8)
+    stray[3, 4] = 40
+    save(folder / "labels" / "town" / "1.png", stray)
+    (note,) = labelled_images(folder).notes
+    assert "classes have no pixel" in note
+    assert "label 40 is the largest, in town/1; --ignore leaves one out" in note
+
+
 def test_a_palette_holds_numbers(folder: Path) -> None:
     image = Image.fromarray(np.full((12, 16), 2, np.uint8), "P")
     image.putpalette([9, 9, 9, 8, 8, 8, 7, 7, 7])
@@ -155,6 +164,9 @@ def test_depth_in_both_forms(folder: Path) -> None:
     }
     assert data.notes[1] == f"{folder}: 2 depths that are NaN or infinite do not count, in town/1."
     assert data.depth_range == pytest.approx((metres[metres > 0].min(), metres.max()), abs=1e-3)
+    (folder / "depth" / "town" / "3.png").unlink()
+    (folder / "depth" / "town" / "3.npy").write_bytes(b"x")
+    assert ("town/3", "3.npy is no array of numbers, or damaged") in depth_images(folder).bad
     assert depth_images(folder, depth_scale=500).read(0).target.max() == pytest.approx(
         2 * metres.max(), abs=2e-3
     )

@@ -371,6 +371,17 @@ def test_unreadable_images_and_an_empty_class(
         assert json.loads((out / "head.json").read_text())["classes"] == ["0", "1", "2", "3"]
 
 
+def test_a_class_folder_without_images_is_said(
+    run_main: Runner, colour_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(colour_folder, tmp_path / "data")
+    (tmp_path / "data" / "violet").mkdir()
+    done = run_main(
+        "finetune", tmp_path / "data", "--model", model_folder, "--out", tmp_path / "head", *QUICK
+    )
+    assert done.status == 0 and "for violet: learned without" in done.out
+
+
 def test_resuming_what_is_not_the_same(
     run_main: Runner, colour_folder: Path, model_folder: Path, head_folder: Path, tmp_path: Path
 ) -> None:

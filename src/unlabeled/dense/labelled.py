@@ -155,7 +155,11 @@ def labelled_images(
     empty = [names[number] for number in np.flatnonzero(class_pixels == 0) if number != ignore]
     if empty:
         verb = "class has" if len(empty) == 1 else "classes have"
-        notes.append(f"{folder}: {len(empty)} {verb} no pixel: {_listed(empty)}.")
+        said = f"{folder}: {len(empty)} {verb} no pixel: {_listed(empty)}."
+        if not known:  # a stray label makes classes of all numbers below it
+            key = next(pair.key for pair, counts in zip(good, looks, strict=True) if len(counts) == num)
+            said += f" There is no classes.txt, and label {num - 1} is the largest, in {key}; --ignore leaves one out."
+        notes.append(said)
     return DenseData(
         str(folder), "labels", tuple(good), tuple(bad), tuple(notes), tuple(names),
         tuple(class_pixels.tolist()), ignore,
@@ -282,9 +286,9 @@ def _raw_depth(path: Path) -> NDArray[Any]:
         return image
     try:
         array: NDArray[Any] = np.load(path, allow_pickle=False)
-    # A damaged header raises errors of every kind.
+    # A damaged header raises errors of every kind; numpy's own words advise unsafe loading.
     except Exception as error:
-        raise BadImage(f"{path.name} is no array: {error}") from error
+        raise BadImage(f"{path.name} is no array of numbers, or damaged") from error
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.ndim != 2 or array.dtype.kind not in "uif" or not array.size:
         raise BadImage(f"{array.dtype} of shape {array.shape}; depth is an array (H, W) of numbers")

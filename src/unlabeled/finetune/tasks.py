@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,8 @@ def _open_classes(options: DataOptions, config: VitConfig) -> TaskData:
         f"class {names[number]} has no image in {options.data} and cannot be learned"
         for number in np.flatnonzero(counts == 0)[:8]
     ]
+    if empty := _empty_folders(options.data, names):
+        notes.append(f"no image in {options.data} for {', '.join(empty[:8])}: learned without")
     chosen, held = split(labels, options)
     train = ClassExamples(source, chosen, labels[chosen], preprocessing)
     validation: ClassExamples | None = None
@@ -111,6 +114,15 @@ def _open_classes(options: DataOptions, config: VitConfig) -> TaskData:
     if short > 0:
         notes.append(f"{short} classes have fewer than {options.shots} images; all of theirs are used")
     return TaskData(train, validation, names, preprocessing, notes=tuple(notes))
+
+
+def _empty_folders(data: str, names: list[str]) -> list[str]:
+    """Return the class folders of a folder that hold no image; a source does not know of them."""
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        return []
+    inside = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+    return [name for name in inside if name not in names] if {*names} <= {*inside} else []
 
 
 def labelled_source(data: str, names: list[str] | None = None) -> tuple[Source, NDArray[np.int64]]:
