@@ -33,8 +33,8 @@ def logreg(
 ) -> Result:
     """Accuracy of logistic regression on L2-normalised frozen features (DINOv2 appendix B.3).
 
-    Each C is fitted from the one before. The C that is best on a tenth of train is fitted again on all of it, and
-    tested once.
+    Each C is fitted from the one before. The C that is best on a tenth of train is fitted again on all of it, from its
+    own fit on the nine tenths, and tested once.
 
     Args:
         model: a MODEL; none where both sides are feature tables.
@@ -53,16 +53,13 @@ def logreg(
     if not len(chosen_on):
         raise UserError(f"{task.train.name} has one image a class: C is chosen on others; use fewshot.")
     vectors = unit(task.vectors(task.train, features)[:])
-    accuracies: dict[float, float] = {}
-    warm: LogisticRegression | None = None
-    unfinished = []
-    for c in sorted(cs):
-        warm = fitted(vectors[fit], labels[fit], c, warm)
-        accuracies[c] = float((warm.predict(vectors[chosen_on]) == labels[chosen_on]).mean())
-        if warm.n_iter_.max() >= MAX_ITERATIONS:
-            unfinished.append(f"{c:g}")
+    fits = path(vectors[fit], labels[fit], cs)
+    accuracies = {
+        c: float((one.predict(vectors[chosen_on]) == labels[chosen_on]).mean()) for c, one in fits.items()
+    }
+    unfinished = [f"{c:g}" for c, one in fits.items() if one.n_iter_.max() >= MAX_ITERATIONS]
     best = max(accuracies, key=lambda c: accuracies[c])
-    final = fitted(vectors, labels, best)
+    final = fitted(vectors, labels, best, fits[best])
     predicted = final.predict(unit(task.vectors(task.test, features)[:]))
     notes = [*task.notes, *edge_notes("C of logreg", best, accuracies)]
     if unfinished:
@@ -79,6 +76,16 @@ def logreg(
         settings=settings, counts=task.counts, bad_files=task.bad_files, notes=notes,
         **examples(task, predicted, seed),
     )  # fmt: skip
+
+
+def path(
+    vectors_ND: NDArray[np.float32], labels_N: NDArray[np.int64], cs: Sequence[float]
+) -> dict[float, LogisticRegression]:
+    """Return the fit of each C, in ascending order, each from the one before."""
+    fits: dict[float, LogisticRegression] = {}
+    for c in sorted(cs):
+        fits[c] = fitted(vectors_ND, labels_N, c, next(reversed(fits.values()), None))
+    return fits
 
 
 def fitted(
