@@ -198,6 +198,16 @@ def test_command(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "saved"]
 
 
+def test_an_interpolation_set_by_hand_is_kept(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("export", saved, "--to", "hf", "--out", out, "--interpolation")
+    assert run_cli(monkeypatch, *arguments, "bilinear") == 2 and not out.exists()
+    assert run_cli(monkeypatch, *arguments, "scale") == 0
+    assert load_model(out).config.interpolation == "scale" != load_model(saved).config.interpolation
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

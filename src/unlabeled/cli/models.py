@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from unlabeled.cli.options import Json, app, console, print_json
 from unlabeled.errors import reading
+
+if TYPE_CHECKING:
+    from unlabeled.vit import Interpolation
 
 
 @app.command()
@@ -52,6 +55,10 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="onnx, openvino: 8 bits, for CPUs.")] = False,
     calibrate: Annotated[str | None, typer.Option(help="DATA that --int8 is calibrated on.")] = None,
     push: Annotated[str | None, typer.Option(help="hf: USER/NAME on the Hugging Face hub.")] = None,
+    interpolation: Annotated[
+        str,
+        typer.Option(help="How positions are resized: size, antialias or scale; else as MODEL's makers do."),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Write a model in another format, or a table as one file. A model's file is checked against the model itself."""
@@ -64,7 +71,8 @@ def export(
     if is_table:
         _export_table(what, to, out, as_json)
         return
-    result = run_export(what, to, out, int8=int8, calibrate=calibrate, push=push)
+    mode = cast("Interpolation", interpolation)  # load_model checks it
+    result = run_export(what, to, out, int8=int8, calibrate=calibrate, push=push, interpolation=mode)
     for line in describe(result):
         console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
     if as_json:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from unlabeled.errors import UserError, writing
-from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.vit import Interpolation, VisionTransformer, VitConfig
 from unlabeled.weights import graph
 from unlabeled.weights.card import push_folder, write_card
 from unlabeled.weights.huggingface import save_huggingface
@@ -66,19 +66,20 @@ def export(
     int8: bool = False,
     calibrate: str | None = None,
     push: str | None = None,
+    interpolation: Interpolation = "",
 ) -> Exported:
     """Write a model in another format.
 
     model: what load_model takes. to: hf (a folder with a model card), meta (.pth), timm (.safetensors), onnx,
     openvino (.xml, and .bin beside it) or pt2 (a torch.export archive). out: the file or folder to write.
     int8: onnx and openvino only: weights and activations of 8 bits, calibrated on the images of `calibrate`
-    (DATA). push: hf only: the hub's repository to put the folder in.
+    (DATA). push: hf only: the hub's repository to put the folder in. interpolation: as load_model takes it.
     Raises UserError for a combination that does not exist, an `out` that does not fit the format, a package
     that is not installed, or a hub that does not take it.
     """
     path = Path(out).expanduser()
     check(to, path, int8, calibrate, push)
-    vit = load_model(model)
+    vit = load_model(model, interpolation=interpolation)
     # First, since it can fail, and a graph takes a while.
     images = list(read_images(calibrate, vit.config)) if calibrate else []
     with writing(path):
