@@ -14,6 +14,7 @@ import torch
 from tests.conftest import encoded
 from unlabeled.cli import main
 from unlabeled.curate import pipeline
+from unlabeled.curate.lineage import held
 from unlabeled.curate.recipe import CurateRecipe, resolved
 from unlabeled.errors import UserError
 from unlabeled.images.sources import open_source
@@ -169,6 +170,36 @@ def test_stopped_at_each_step_and_other_workers_give_the_same(
         monkeypatch.setattr(pipeline.do, step, real)
     assert curated("stopped", 4) == whole
     assert len(open_source(tmp_path / "whole")) == 4
+
+
+def test_a_cluster_of_seeds_is_shown_with_them(pile: Path, model: str, tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
+    for name in ("04.png", "06.png", "08.png"):
+        (seeds / name).write_bytes((pile / name).read_bytes())
+    overrides = {"retrieve.method": "clusters", "retrieve.clusters": 2}
+    done = pipeline.curate(
+        pile, tmp_path / "out", model=model, seeds=seeds, steps=["quality", "retrieve"], overrides=overrides
+    )
+    figures = held(tmp_path / "out" / "work" / "steps", "retrieve").figures
+    assert figures["by_seed"] and figures["matched"] == len(figures["by_seed"])
+    for shown, images in figures["by_seed"]:
+        assert 1 <= len(shown) <= 2 and all(data == str(seeds) and row < 3 for data, row in shown)
+        assert images
+    assert "Seeds of a cluster" in done.report.read_text() and (done.report.parent / "retrieve.png").is_file()
+
+
+def test_of_two_copies_the_one_without_noise_is_kept(photograph: np.ndarray, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 25, photograph.shape)
+    noisy = np.clip(photograph + noise, 0, 255).astype(np.uint8)
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "a_noisy.png").write_bytes(encoded(noisy))
+    (tmp_path / "pile" / "b_original.jpg").write_bytes(encoded(photograph, "JPEG", quality=90))
+    done = pipeline.curate(
+        tmp_path / "pile", tmp_path / "out", model="none", overrides={"duplicates.hash_distance": 7}
+    )
+    kept = {row["key"]: row["kept"] for row in pq.read_table(done.lineage).to_pylist()}
+    assert kept == {"a_noisy.png": False, "b_original.jpg": True}
 
 
 def test_without_a_model_and_a_scorer_of_ones_own(

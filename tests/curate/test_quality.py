@@ -47,6 +47,7 @@ def test_a_photograph_is_kept_and_what_is_none_is_not(photograph: np.ndarray) ->
         "": photograph,
         "dark": photograph // 40,
         "blank": np.full((100, 100, 3), 120, np.uint8),
+        "noise": np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8),
         "text": page,
         "blurred": cv2.GaussianBlur(photograph, (0, 0), 3),
     }
@@ -58,6 +59,13 @@ def test_a_photograph_is_kept_and_what_is_none_is_not(photograph: np.ndarray) ->
         columns |= {"side": np.array([200]), "aspect": np.array([1.5])}
         number = failed(QualityRecipe(), columns)[0]
         assert (criteria(QualityRecipe())[number][0].name if number >= 0 else "") == reason
+
+
+def test_grain_is_sharpness_over_that_at_half_the_size(photograph: np.ndarray) -> None:
+    grey = shrunk_grey(photograph)[:64, :80]
+    half = grey.reshape(32, 2, 40, 2).mean((1, 3)).round().astype(np.uint8)
+    assert measure(grey).grain == pytest.approx(measure(grey).blur / measure(half).blur, rel=0.02)
+    assert measure(np.full((8, 8), 9, np.uint8)).grain == 0
 
 
 def test_a_value_at_the_limit_is_kept_and_nan_is_not() -> None:

@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
+from threadpoolctl import threadpool_limits
 
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
 from unlabeled.errors import UserError
@@ -20,6 +21,8 @@ ROWS_OF_A_CLUSTER = (
     256  # that the centroids are found with, at most; more change them little (faiss's number too)
 )
 SPREAD_OVER = 65536  # rows that k-means++ draws from, at most
+ONE_BY_ONE = 128  # centroids of k-means++, beyond which several are drawn at once
+COMPARED = 4096  # rows whose distances are computed together
 SUMMED = 65536  # rows summed in float32 before their sums are added up in float64
 NO_LIMITS = Resources()
 
@@ -208,21 +211,31 @@ def _initial(block_SD: Floats, k: int, init: str | Floats, generator: np.random.
 
 
 def spread(block_nD: Floats, k: int, generator: np.random.Generator) -> Floats:
-    """Return k rows drawn one after another in proportion to the squared distance from those before (k-means++)."""
-    chosen = [int(generator.integers(len(block_nD)))]
+    """Return k rows drawn one after another in proportion to the squared distance from those before (k-means++).
+
+    Of more than ONE_BY_ONE a number is drawn at once each time, without putting back: a pass over all rows for each
+    of 10,000 would take longer than the iterations.
+    """
+    chosen: Integers = generator.integers(len(block_nD), size=1)
     squares = np.square(block_nD).sum(axis=1, dtype=np.float64)
     distances = np.full(len(block_nD), np.inf)
-    for _ in range(k - 1):
-        row = chosen[-1]
-        distance = squares + squares[row] - 2 * (block_nD @ block_nD[row])
-        np.minimum(distances, np.maximum(distance, 0), out=distances)
-        distances[chosen] = 0
-        total = distances.cumsum()
-        if total[-1] > 0:
-            chosen.append(int(np.searchsorted(total, generator.random() * total[-1], side="right")))
-        else:  # fewer different rows than k
-            left = np.setdiff1d(np.arange(len(block_nD)), chosen)
-            chosen.append(int(generator.choice(left)))
+    drawn, most = chosen, -(-k // ONE_BY_ONE)
+    with threadpool_limits(1):  # the same to the last bit on any number of cores
+        while len(chosen) < k:
+            for start, stop in spans(len(block_nD), COMPARED):
+                products = block_nD[start:stop] @ block_nD[drawn].T
+                nearest = (squares[start:stop, None] + squares[drawn] - 2 * products).min(axis=1)
+                distances[start:stop] = np.minimum(distances[start:stop], np.maximum(nearest, 0))
+            distances[chosen] = 0
+            far = int(np.count_nonzero(distances))
+            wanted = min(most, k - len(chosen))
+            if far:
+                chances = distances / distances.sum()
+                drawn = generator.choice(len(block_nD), min(wanted, far), replace=False, p=chances)
+            else:  # fewer different rows than k
+                left = np.setdiff1d(np.arange(len(block_nD)), chosen)
+                drawn = generator.choice(left, wanted, replace=False)
+            chosen = np.concatenate((chosen, drawn))
     return block_nD[chosen]
 
 

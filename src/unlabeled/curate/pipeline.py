@@ -42,7 +42,7 @@ from unlabeled.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMAT = "unlabeled curation 1"
+FORMAT = "unlabeled curation 2"
 SAMPLED = 64  # images of DATA that are read to see whether it is still the same
 
 

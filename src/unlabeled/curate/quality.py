@@ -30,6 +30,8 @@ class Measures(NamedTuple):
     plain: share of pixels whose 3 x 3 neighbourhood spans at most 8 levels; 1 for a blank image.
     text: plain times the share of the other pixels whose neighbourhood spans 96 levels or more. Photographs have soft
         transitions; writing, screens and diagrams are plain with hard edges.
+    grain: blur over the blur at half the size. Photographs look alike at any size and have about 1; in noise every
+        pixel is for itself, so that it averages out: 4.
     """
 
     blur: float
@@ -38,6 +40,7 @@ class Measures(NamedTuple):
     entropy: float
     plain: float
     text: float
+    grain: float
 
 
 class Criterion(NamedTuple):
@@ -60,6 +63,7 @@ CRITERIA = (
     Criterion("blank", "plain", "max_plain", False, "share of plain pixels", 1.0),
     Criterion("uniform", "entropy", "min_entropy", True, "bits of grey levels", 8.0),
     Criterion("text", "text", "max_text", False, "plain share x hard edges", 1.0),
+    Criterion("noise", "grain", "max_grain", False, "sharpness over that at half the size"),
     Criterion("blurred", "blur", "min_blur", True, "variance of the Laplacian"),
 )
 
@@ -82,13 +86,17 @@ def measure(grey_HW: NDArray[np.uint8]) -> Measures:
     span = cv2.morphologyEx(grey_HW, cv2.MORPH_GRADIENT, _SQUARE)
     plain = float((span <= FLAT).mean())
     hard = float((span >= HARD).mean())
+    height, width = grey_HW.shape
+    half = cv2.resize(grey_HW, (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA)
+    blur, blur_of_half = (float(cv2.Laplacian(grey, cv2.CV_32F).var()) for grey in (grey_HW, half))
     return Measures(
-        blur=float(cv2.Laplacian(grey_HW, cv2.CV_32F).var()),
+        blur=blur,
         mean=float(counts @ np.arange(256)) / 255,
         clipped=float(counts[: CLIP + 1].sum() + counts[255 - CLIP :].sum()),
         entropy=float(abs(-(present * np.log2(present)).sum())),
         plain=plain,
         text=plain * hard / (1 - plain) if plain < 1 else 0.0,
+        grain=blur / blur_of_half if blur_of_half > 0 else 0.0,
     )
 
 

@@ -47,6 +47,7 @@ class QualityRecipe:
     min_entropy: float = 1.5  # bits of the histogram of grey levels, 0 to 8
     max_plain: float = 0.97  # share of pixels in a 3 x 3 neighbourhood within 8 levels: blank
     max_text: float = 0.32  # plain share times the share of hard edges among the rest: text, screens
+    max_grain: float = 2.8  # sharpness over that at half the size: 4 in noise, about 1 in photographs
     scorer: str = ""  # module:function of RGB pixels, or a linear head (.npz, .safetensors) on the features
     score: float = 0.5  # of the scorer, which side of it is kept says scorer_keeps
     scorer_keeps: Literal["above", "below"] = "above"  # scores at `score` are kept in both cases

@@ -269,19 +269,19 @@ def _removed(sheets: Sheets, outcome: Outcome) -> list[str]:
 
 def _retrieved(sheets: Sheets, outcome: Outcome) -> list[str]:
     figures = outcome.figures
-    if "by_seed" in figures:
-        value = dict(zip(outcome.column("index").tolist(), outcome.column("value").tolist(), strict=True))
-        lines = [
-            [sheets.tile(row, "seed", data), *(sheets.tile(index, f"{value[index]:.3f}") for index in images)]
-            for data, row, images in figures["by_seed"]
-        ]
-        return [sheets.write("retrieve", "Seeds, and the images retrieved for each", lines)]
-    shown = figures["shown"]
+    value = dict(zip(outcome.column("index").tolist(), outcome.column("value").tolist(), strict=True))
     lines = [
-        [sheets.tile(index, f"{cosine:.3f} {other}") for index, other, cosine in shown[start : start + 6]]
-        for start in range(0, len(shown), 6)
+        [
+            *(sheets.tile(row, "seed", data) for data, row in seeds),
+            *(sheets.tile(index, f"{value[index]:.3f}") for index in images),
+        ]
+        for seeds, images in figures["by_seed"]
     ]
-    return [sheets.write("retrieve", "Retrieved images nearest to their cluster's centre", lines)]
+    ways = {
+        "nearest": "Seeds, and the images retrieved for each",
+        "clusters": "Seeds of a cluster, up to two, and the images retrieved that are nearest to its centre",
+    }
+    return [sheets.write("retrieve", ways[figures["method"]], lines)]
 
 
 def _clusters(sheets: Sheets, outcome: Outcome) -> list[str]:

@@ -17,7 +17,7 @@ from unlabeled.curate.decontaminate import decontaminate
 from unlabeled.curate.duplicates import near_duplicates
 from unlabeled.curate.hashes import first_of_each, near_copies
 from unlabeled.curate.hierarchy import hierarchical_kmeans
-from unlabeled.curate.kmeans import kmeans
+from unlabeled.curate.kmeans import assign, kmeans
 from unlabeled.curate.lineage import rows_of
 from unlabeled.curate.measured import head_scores
 from unlabeled.curate.neighbours import pairs_above
@@ -265,7 +265,9 @@ def retrieve(work: Work, alive: Integers) -> Made:
             clusters, seeds, per_cluster=recipe.per_cluster, more_than=recipe.min_seeds, most=recipe.most,
             resources=work.resources,
         )  # fmt: skip
-        figures |= {"clusters": count, "matched": len(np.unique(found.sources_R))}
+        matched = np.unique(found.sources_R)
+        cluster_of_seed, _ = assign(seeds, clusters.centroids_KD, resources=work.resources)
+        figures |= {"clusters": count, "matched": len(matched)}
         other = [f"cluster {source}" for source in found.sources_R.tolist()]
     images, order = found.images_R, np.arange(len(found.images_R))
     if len(images) > recipe.most:  # the most similar
@@ -273,17 +275,13 @@ def retrieve(work: Work, alive: Integers) -> Made:
         images = images[order]
     kept = np.zeros(len(alive), bool)
     kept[images] = True
-    by_likeness = np.argsort(-found.similarities_R[order], kind="stable")
-    figures["shown"] = [
-        [int(alive[images[one]]), other[order[one]], round(float(found.similarities_R[order[one]]), 4)]
-        for one in by_likeness[:24]
-    ]
-    if method == "nearest":
-        first: dict[int, list[int]] = {}
-        for one in by_likeness.tolist():
-            source = int(found.sources_R[order[one]])
-            first.setdefault(source, []).append(int(alive[images[one]]))
-        figures["by_seed"] = [[*names[source], rows[:5]] for source, rows in list(first.items())[:8]]
+    first: dict[int, list[int]] = {}  # the most alike of each seed, or of each cluster
+    for one in np.argsort(-found.similarities_R[order], kind="stable").tolist():
+        first.setdefault(int(found.sources_R[order[one]]), []).append(int(alive[images[one]]))
+    figures["by_seed"] = []
+    for source, rows in list(first.items())[:8]:
+        own = [source] if method == "nearest" else np.flatnonzero(cluster_of_seed == source)[:2].tolist()
+        figures["by_seed"].append([[names[seed] for seed in own], rows[: 6 - len(own)]])
     return pa.concat_tables(
         [
             rows_of(np.concatenate((alive[~kept], without)), "not like a seed"),

@@ -33,6 +33,9 @@ from unlabeled.images.sources import Source
 if TYPE_CHECKING:
     from rich.console import Console
 
+NOISY = (
+    1.5  # grain from which on noise explains why an image has more bytes; one photograph in twenty has more
+)
 COPIES_OF_EACH = 4  # made for the calibration
 CALIBRATION_POOL = 100_000  # images that copies are searched among, at most
 
@@ -85,9 +88,10 @@ class Work:
 
     @cached_property
     def rank(self) -> Integers:
-        """Place of each image from best to worst: more pixels, then more bytes, then sharper, then first."""
+        """Place of each image from best to worst: more pixels, without noise, more bytes, sharper, first."""
         pixels = self.column("width").astype(np.int64) * self.column("height")
-        order = np.lexsort((-np.nan_to_num(self.column("blur")), -self.column("bytes"), -pixels))
+        blur, is_noisy = np.nan_to_num(self.column("blur")), self.column("grain") > NOISY
+        order = np.lexsort((-blur, -self.column("bytes"), is_noisy, -pixels))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         return rank

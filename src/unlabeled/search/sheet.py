@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
-from unlabeled.errors import UserError
+from unlabeled.atomic import replacing
+from unlabeled.errors import UserError, writing
 from unlabeled.features.inputs import ImageLike, as_pixels
-from unlabeled.features.page import GREY, MARGIN, SMALL, TITLE, WIDTH, Box, Page, photograph, shortened
+from unlabeled.features.page import (
+    GREY,
+    INK,
+    MARGIN,
+    SMALL,
+    SQUEEZED,
+    TITLE,
+    WIDTH,
+    Box,
+    photograph,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from unlabeled.search.duplicates import Group
@@ -23,6 +38,7 @@ MOST = 96  # images of a sheet
 SPACE = 24  # pixels between images; all such are for a page of WIDTH
 EMPTY = 235  # grey where an image cannot be read
 NAME = 0.72 * SMALL
+FONT = "DejaVu Sans"  # comes with Matplotlib, which is not used for more: it takes ten times as long to draw
 
 
 class Tile(NamedTuple):
@@ -85,24 +101,42 @@ def write_sheet(path: Path, lines: Sequence[Sequence[Tile]]) -> int:
     side = min(WIDTH // 4, (WIDTH - 2 * MARGIN - (across - 1) * SPACE) // across)
     step = round(1.35 * TITLE + side + 1.5 * NAME + 0.8 * SPACE)
     width = 2 * MARGIN + across * side + (across - 1) * SPACE
-    cells, tiles, top = [], [], MARGIN
+    placed: list[tuple[int, int, Tile]] = []
+    top = MARGIN
     for line in lines:
         for place, tile in enumerate(line):
-            left = MARGIN + place % across * (side + SPACE)
-            cells.append(Box(left, round(top + place // across * step + 1.35 * TITLE), side, side))
-            tiles.append(tile)
+            row, column = divmod(place, across)
+            placed.append((MARGIN + column * (side + SPACE), round(top + row * step + 1.35 * TITLE), tile))
         top += math.ceil(len(line) / across) * step + SPACE // 2
-    titles = [[tile.title] for tile in tiles]
-    page = Page(width, top + MARGIN // 2, 1.0, [[cell] for cell in cells], titles, None, "")
-    for cell, tile in zip(cells, tiles, strict=True):
-        box, pixels = _fitted(cell, tile.pixels_HW3)
-        page.panels.append((box, pixels))
+    page = Image.new("RGB", (width, top + MARGIN // 2), "white")
+    draw = ImageDraw.Draw(page)
+    widest = max(_font(TITLE).getlength(tile.title) for _, _, tile in placed)
+    size = TITLE * min(1.0, max(SQUEEZED, side / max(widest, 1)))  # one for all
+    for left, y, tile in placed:
+        box, pixels = _fitted(Box(left, y, side, side), tile.pixels_HW3)
+        page.paste(Image.fromarray(pixels), (box.left, box.top))
+        middle = left + side / 2
+        _write(draw, middle, y - 0.45 * TITLE, tile.title, size, INK, side)
+        name = shortened(tile.name, max(12, side // 10))
+        _write(draw, middle, y + side + 1.15 * NAME, name, NAME, GREY, side)
         if tile.pixels_HW3 is None:
-            page.text(cell.left + side / 2, cell.top + side / 2, "cannot be read", NAME, GREY)
-        y = cell.top + side + 1.15 * NAME
-        page.text(cell.left + side / 2, y, shortened(tile.name, max(12, side // 10)), NAME, GREY, side)
-    page.save(path)
-    return sum(tile.pixels_HW3 is None for tile in tiles)
+            _write(draw, middle, y + side / 2, "cannot be read", NAME, GREY, side)
+    with writing(path), replacing(path) as part:
+        page.save(part, "PNG", compress_level=3)
+    return sum(tile.pixels_HW3 is None for _, _, tile in placed)
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont(FONT), size)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, x: float, y: float, words: str, size: float, colour: str, most: float
+) -> None:
+    """Write centred at a baseline; smaller, where the words would be wider than `most` pixels."""
+    fit = min(1.0, most / max(_font(round(size)).getlength(words), 1))
+    draw.text((x, y), words, colour, _font(max(1, int(round(size) * fit))), anchor="ms")
 
 
 def _fitted(cell: Box, pixels_HW3: NDArray[np.uint8] | None) -> tuple[Box, NDArray[np.uint8]]:
