@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlabeled.curate import neighbours, sketch
+from unlabeled.curate import neighbours, products, sketch
 from unlabeled.curate.blocks import Resources, Rows
-from unlabeled.curate.neighbours import cosines_of, pairs_above
+from unlabeled.curate.neighbours import pairs_above
+from unlabeled.curate.products import cosines_of
 
 
 def falling(count, width=64, seed=0):
@@ -53,7 +54,7 @@ def test_vectors_alike_in_all_directions_are_not_sketched(tmp_path):
 
 @pytest.mark.parametrize("dense", [0, 1 << 30])
 def test_cosines_of_pairs(dense, monkeypatch):
-    monkeypatch.setattr(neighbours, "DENSE", dense)
+    monkeypatch.setattr(products, "DENSE", dense)
     rows = Rows(falling(500))
     generator = np.random.default_rng(0)
     left, right = generator.integers(500, size=(2, 3000))

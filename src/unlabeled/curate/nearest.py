@@ -21,7 +21,8 @@ from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
 from unlabeled.curate.cells import FEW, TILE, Cells, cell_count, check_memory, find_centroids, lay_out
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.neighbours import ROUNDING, Recall, lower_bounds
+from unlabeled.curate.margin import Recall, lower_bounds
+from unlabeled.curate.products import ROUNDING
 from unlabeled.errors import UserError
 
 SAMPLE = 1024  # queries: the first half chooses the number of probes, the second measures

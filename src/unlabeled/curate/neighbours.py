@@ -23,26 +23,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
 from unlabeled.curate.cells import FEW, TILE, Cells, check_memory, find_centroids, lay_out
 from unlabeled.curate.components import UnionFind, forest
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.sketch import SLACK, sketched
+from unlabeled.curate.margin import Recall, chosen_margin, drawn_pairs, measured_recall
+from unlabeled.curate.products import LOOKED_AT, ROUNDING, Room, cosines_of
+from unlabeled.curate.sketch import sketched
 from unlabeled.errors import UserError
 
-ROUNDING = 1e-6  # what the cosine of a vector with itself may lack
-EXACT = 0.5  # share of the distance at which no pair is missed
-QUERIES = (512, 512, 1024, 2048)  # of the sample, in turns until it has PAIRS
-PAIRS = 2000  # half of them choose the margin, half measure
-PAIRS_OF_A_QUERY = 64  # that count, so that one large group does not decide
 JOINED = 1 << 20  # pairs of a task that are held before only those that connect are kept
 BALLS = 8  # of a large cell
-SEARCHED = 1024  # queries of the sample in one product
-LOOKED_AT = 1 << 16  # pairs that are looked at in full together
-DENSE = 64  # times as many products as are needed cost less at once than one by one
 
 
 class Pairs(NamedTuple):
@@ -54,43 +47,6 @@ class Pairs(NamedTuple):
     left_P: Integers
     right_P: Integers
     cosines_P: Floats
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Recall of an approximate step, measured on a sample against brute force.
-
-    Attributes:
-        found: of the sample's pairs, how many the step found.
-        pairs: that brute force found.
-        queries: vectors of the sample.
-    """
-
-    found: int
-    pairs: int
-    queries: int
-
-    @property
-    def value(self) -> float:
-        """Share found; 1 where there was none to find."""
-        return self.found / self.pairs if self.pairs else 1.0
-
-    @property
-    def bound(self) -> float:
-        """What the recall is at least, at 95% confidence (Clopper-Pearson); 0 where there was no pair."""
-        return float(lower_bounds(np.array([self.found]), self.pairs)[0])
-
-    def __str__(self) -> str:
-        counts = f"{self.found} of {self.pairs} pairs of {self.queries} vectors"
-        return f"{self.value:.4f} (at least {self.bound:.4f} at 95% confidence; {counts})"
-
-
-def lower_bounds(hits: Integers, trials: int) -> NDArray[np.float64]:
-    """Return what a share is at least, at 95% confidence, one-sided (Clopper-Pearson), for numbers of hits."""
-    from scipy.stats import beta
-
-    result: NDArray[np.float64] = np.nan_to_num(beta.ppf(0.05, hits, trials - hits + 1))
-    return result
 
 
 @dataclass(frozen=True)
@@ -188,14 +144,14 @@ def prepared(
         centroids = _apart(find_centroids(near, folder, resources), threshold)
         file, sample_file = folder / "margin.json", folder / "sample.npz"
         if not file.is_file():
-            sample = _sample(near, exact, centroids, threshold, resources)
+            sample = drawn_pairs(near, exact, centroids, threshold, resources)
             save_arrays(sample_file, **sample)
             with replacing(file) as temporary:
-                temporary.write_text(json.dumps({"margin": _margin(sample, recall)}))
+                temporary.write_text(json.dumps({"margin": chosen_margin(sample, recall)}))
         margin = json.loads(file.read_text())["margin"]
         reach = margin * float(np.sqrt(2 - 2 * threshold))
         cells = lay_out(near, centroids, reach, folder, resources)
-        measured = _measured(cells, load_arrays(sample_file))
+        measured = measured_recall(cells, load_arrays(sample_file))
         yield Join(cells, exact, threshold, measured, margin), folder
 
 
@@ -210,182 +166,6 @@ def _apart(centroids_KD: Floats, threshold: float) -> Floats:
         if free[number]:
             free[number + 1 :] &= table[number, number + 1 :] < threshold
     return centroids_KD[free]
-
-
-def _sample(
-    rows: Rows, exact: Rows | None, centroids: Floats, threshold: float, resources: Resources
-) -> dict[str, NDArray[Any]]:
-    """Return pairs of rows drawn at random with all others, by brute force.
-
-    All pairs above the threshold, and of each row that has none the one with its nearest.
-    left, right: rows. is_above: whether the pair is above the threshold. needed: the least share of its distance, or of
-    that of the threshold where it is above, at which the pair is found. query: number of the draw.
-    """
-    generator = np.random.default_rng([resources.seed, 2])
-    drawn = generator.permutation(len(rows))[: sum(QUERIES)] if len(centroids) > 1 else np.empty(0, np.int64)
-    size = resources.block_rows(4 * rows.shape[1] + 4096)
-    columns: list[tuple[Integers, Integers, Floats]] = []
-    done = count = 0
-    for more in QUERIES:
-        queries = drawn[done : done + more]
-        if not len(queries) or count >= PAIRS:
-            break
-        context = _Queries(rows, exact, queries, rows.at(queries), threshold)
-        blocks = spans(len(rows), size)
-        held = 8 * size * rows.shape[1] + 8 * TILE * SEARCHED
-        query, row, cosine = (
-            np.concatenate(column)
-            for column in zip(*resources.map(_search_block, context, blocks, held), strict=True)
-        )
-        kept = _some(query, cosine, threshold, generator)
-        columns.append((query[kept] + done, row[kept], cosine[kept]))
-        done += len(queries)
-        count += int((cosine[kept] >= threshold - ROUNDING).sum())
-    if not columns:
-        columns = [(drawn, drawn, np.empty(0, np.float32))]
-    query, right, cosine = (np.concatenate(column) for column in zip(*columns, strict=True))
-    left = drawn[query]
-    needed = np.empty(len(left), np.float32)
-    distance = np.sqrt(np.maximum(2 - 2 * np.minimum(cosine, threshold), 1e-12))
-    table = centroids @ centroids.T
-    for start, stop in spans(len(needed), 4096):
-        a = rows.at(left[start:stop]) @ centroids.T
-        b = rows.at(right[start:stop]) @ centroids.T
-        i, j, here = a.argmax(axis=1), b.argmax(axis=1), np.arange(len(a))
-        between = np.sqrt(np.maximum(2 - 2 * table[i, j], 1e-12))
-        either = np.minimum(a[here, i] - a[here, j], b[here, j] - b[here, i]) / between
-        needed[start:stop] = np.where(i == j, 0, either / distance[start:stop])
-    return {
-        "left": left,
-        "right": right,
-        "is_above": cosine >= threshold - ROUNDING,
-        "needed": needed,
-        "query": query,
-        "queries": np.array(done),
-    }
-
-
-def _some(
-    query: Integers, cosine: Floats, threshold: float, generator: np.random.Generator
-) -> NDArray[np.bool_]:
-    """Whether each pair is of the sample: PAIRS_OF_A_QUERY above the threshold at most, at random, or else the nearest.
-
-    Pairs of a query that are below the threshold are those nearest to it in each block.
-    """
-    above = cosine >= threshold - ROUNDING
-    order = np.lexsort((generator.random(len(query)), np.where(above, 0, -cosine), ~above, query))
-    _, starts, counts = np.unique(query[order], return_index=True, return_counts=True)
-    rank = np.arange(len(order)) - np.repeat(starts, counts)
-    kept = np.zeros(len(query), bool)
-    kept[order] = (rank < PAIRS_OF_A_QUERY) & above[order] | (rank == 0)
-    return kept
-
-
-def _margin(sample: dict[str, NDArray[Any]], recall: float) -> float:
-    """Return the share of the distance at which cells are probed: the least that finds enough of the sample's pairs.
-
-    Of the first half of the queries, as the other half measures (`_measured`). Enough are so many that the recall of
-    all pairs is the wanted one at 95% confidence. Where too few pairs are above the threshold to say so, those of rows
-    with their nearest stand in for them: they are farther apart, so more of them lie in different cells.
-    """
-    chooses = sample["query"] % 2 == 0
-    needed = sample["needed"][chooses & sample["is_above"]]
-    if recall == 1 or not chooses.any():
-        return EXACT
-    if lower_bounds(np.array([len(needed)]), len(needed))[0] < recall:
-        needed = sample["needed"][chooses]
-    needed = np.sort(needed)[::-1]
-    missed = np.arange(len(needed))
-    most = int((lower_bounds(len(needed) - missed, len(needed)) >= recall).sum()) - 1
-    return min(EXACT, float(needed[max(0, most)]))
-
-
-def _measured(cells: Cells, sample: dict[str, NDArray[Any]]) -> Recall:
-    """Return the recall of the second half of the sample's pairs: whether either vector is compared with the other."""
-    held_out = sample["is_above"] & (sample["query"] % 2 == 1)
-    places = np.empty(len(cells.order_N), np.int64)
-    places[cells.order_N] = np.arange(len(places))
-    left, right = places[sample["left"][held_out]], places[sample["right"][held_out]]
-    same = cells.cells_N[left] == cells.cells_N[right]
-    from_left = cells.has_probe(left, cells.cells_N[right])
-    found = same | from_left | cells.has_probe(right, cells.cells_N[left])
-    return Recall(int(found.sum()), len(found), int(sample["queries"]) // 2)
-
-
-@dataclass(frozen=True)
-class _Queries:
-    rows: Rows
-    exact: Rows | None
-    numbers_Q: Integers
-    queries_QD: Floats
-    threshold: float
-
-
-def _search_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers, Floats]:
-    """Pairs of queries with a block of rows, above the threshold and the nearest: number, row and cosine."""
-    block = context.rows.between(*span)
-    context.rows.release()
-    rows, numbers, count = context.exact or context.rows, context.numbers_Q, len(context.queries_QD)
-    columns = []
-    room = Room(TILE * SEARCHED)
-    for start, stop in spans(count, SEARCHED):
-        top, best = np.full(stop - start, span[0]), np.full(stop - start, -np.inf, np.float32)
-        inside = np.flatnonzero((numbers[start:stop] >= span[0]) & (numbers[start:stop] < span[1]))
-        for first, last in spans(len(block), TILE):
-            bounds = room.product(context.queries_QD[start:stop], block[first:last])
-            place = numbers[start:stop][inside] - span[0] - first
-            here = (place >= 0) & (place < last - first)
-            bounds[inside[here], place[here]] = -2
-            row = bounds.argmax(axis=1)
-            value = bounds[np.arange(stop - start), row]
-            top, best = np.where(value > best, row + first + span[0], top), np.maximum(value, best)
-            query, row = room.above(context.threshold)
-            columns.append((query + start, row + first + span[0]))
-        lower = np.flatnonzero(best < context.threshold - SLACK)
-        columns.append((lower + start, top[lower]))
-    query, row = (np.concatenate(column) for column in zip(*columns, strict=True))
-    cosine = cosines_of(rows, numbers[query], row)
-    rows.release()
-    return query, row, cosine
-
-
-class Room:
-    """Memory for one product of vectors after another: new memory would be mapped anew for each, a page at a time."""
-
-    def __init__(self, size: int) -> None:
-        self.products, self.is_above = np.empty(size, np.float32), np.empty(size, bool)
-        self.shape = (0, 0)
-
-    def product(self, left_nD: Floats, right_mD: Floats) -> Floats:
-        """Products (n, m), there until the next ones."""
-        self.shape = (len(left_nD), len(right_mD))
-        size = len(left_nD) * len(right_mD)
-        result: Floats = np.matmul(left_nD, right_mD.T, out=self.products[:size].reshape(self.shape))
-        return result
-
-    def above(self, threshold: float) -> tuple[Integers, Integers]:
-        """Places in left and in right of the products above a threshold."""
-        size = self.shape[0] * self.shape[1]
-        limit = np.float32(threshold - SLACK)
-        found = np.flatnonzero(np.greater_equal(self.products[:size], limit, out=self.is_above[:size]))
-        left, right = np.divmod(found, self.shape[1]) if len(found) else (found, found)
-        return left, right
-
-
-def cosines_of(rows: Rows, left_P: Integers, right_P: Integers) -> Floats:
-    """Cosines of pairs of rows, in full."""
-    result = np.empty(len(left_P), np.float32)
-    for start, stop in spans(len(left_P), LOOKED_AT):
-        one, left = np.unique(left_P[start:stop], return_inverse=True)
-        other, right = np.unique(right_P[start:stop], return_inverse=True)
-        a, b = rows.at(one), rows.at(other)
-        if len(one) * len(other) <= DENSE * (stop - start):
-            result[start:stop] = (a @ b.T)[left, right]
-        else:
-            for first, last in spans(stop - start, TILE):
-                pair = a[left[first:last]], b[right[first:last]]
-                result[start + first : start + last] = np.einsum("pd,pd->p", *pair)
-    return result
 
 
 def _join_cells(join: Join, span: tuple[int, int]) -> Pairs:
