@@ -119,12 +119,15 @@ def first_labels() -> object:
     return labels_of([inside], [inside.shape], ["the first frame"])
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"whiten": False, "temperature": 0.1, "neighbourhood": 12}], ids=["ours", "protocol"]
+)
 def test_a_moving_disc_is_followed(
-    workshop: Path, tmp_path: Path, local_model: VisionTransformer, first_labels: object
+    workshop: Path, tmp_path: Path, local_model: VisionTransformer, first_labels: object, options: dict
 ) -> None:
-    result = propagate_data(
-        local_model, Frames(workshop / "frames"), first_labels, tmp_path / "out", size=96, device="cpu"
-    )
+    out = tmp_path / "out"
+    frames = Frames(workshop / "frames")
+    result = propagate_data(local_model, frames, first_labels, out, size=96, device="cpu", **options)
     assert result["targets"] == 9 and result["bad_files"] == 0
     for number, (_, truth) in enumerate(moving(9)):
         found = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{number:02}.png"))

@@ -55,6 +55,7 @@ def propagate_data(
     top: int = TOP,
     neighbourhood: int | None = None,
     temperature: float = TEMPERATURE,
+    whiten: bool = True,
     radius: float = RADIUS,
     class_names: Sequence[str] | None = None,
     caption: str = "",
@@ -68,7 +69,8 @@ def propagate_data(
     size than the first, bad_files.jsonl. A run that was stopped goes on, with the same result to the last bit.
 
     labels: of the first frame that can be read, one map. size, layer: see `learn_prototypes`. memory, top,
-    neighbourhood, temperature: see `Propagation`. radius: see `upsampled`. The rest is as in `segment_data`.
+    neighbourhood, temperature: see `Propagation`. whiten: features by the first frame's (`Directions`). radius: see
+    `upsampled`. The rest is as in `segment_data`.
 
     Returns targets (frames that have a mask), bad_files, out, video, picture, and pixels: how many of each class.
     Raises UserError where mask and first frame differ in size, no frame can be read, or `segment_data` does.
@@ -86,7 +88,7 @@ def propagate_data(
         "first mask": hashlib.sha256(labels.maps[0].tobytes()).hexdigest(),
         "classes": list(labels.classes),
         "is_binary": labels.is_binary,
-        "propagation": [memory, top, neighbourhood, temperature, radius],
+        "propagation": [memory, top, neighbourhood, temperature, whiten, radius],
     }
     begin(folder / "segment.json", identity)
     bad = BadFiles(folder / "bad_files.jsonl")
@@ -111,7 +113,7 @@ def propagate_data(
                     places_HW, _ = largest(normalised(one) for one in maps)
                     mask_HW = mask_values(labels.classes, labels.is_binary)[places_HW]
                 else:
-                    known = state.begin(features_hwD, _shares(labels, features_hwD))
+                    known = state.begin(features_hwD, _shares(labels, features_hwD), whiten)
                     mask_HW = labels.maps[0] * np.uint8(OBJECT) if labels.is_binary else labels.maps[0]
                 state.save(done, known)
                 save_image(mask_HW, path)
@@ -194,9 +196,16 @@ class _State:
         self.folder, self.propagation = folder, propagation
         self.directions: Directions | None = None
 
-    def begin(self, features_hwD: NDArray[np.float32], labels_Chw: NDArray[np.float32]) -> Labelled:
+    def begin(
+        self, features_hwD: NDArray[np.float32], labels_Chw: NDArray[np.float32], whiten: bool
+    ) -> Labelled:
         """Take the frame whose mask is given, write what the next ones are compared by, and return the frame."""
-        self.directions = Directions.of(features_hwD)
+        width = features_hwD.shape[-1]
+        self.directions = (
+            Directions.of(features_hwD)
+            if whiten
+            else Directions(np.zeros(width, np.float32), np.eye(width, dtype=np.float32))
+        )
         self._write(self.folder / "directions.npz", self.directions._asdict())
         return self.propagation.begin(Labelled(self.directions(features_hwD), labels_Chw))
 
