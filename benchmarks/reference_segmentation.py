@@ -208,7 +208,7 @@ def priors(train: Set, val: Set, counts: list[int], draws: int) -> list[str]:
                 covers = {stem: (labels == number).mean() for stem, labels in train.labels.items()}
                 holds = [stem for stem, share in covers.items() if share >= 0.02]
                 chosen = rng.choice(holds, min(count, len(holds)), False).tolist()
-                measure("one object and background, IoU", count, chosen, number)
+                measure("one object, IoU", count, chosen, number)
     lines = ["| whole images | power | " + " | ".join(map(str, counts)) + " |"]
     lines.append("|" + "---|" * (2 + len(counts)))
     for (kind, power), by_count in found.items():
