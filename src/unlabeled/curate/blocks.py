@@ -112,6 +112,26 @@ class Resources:
         workers = min(self.workers or allowed, self.memory // max(1, 2 * held))
         return Threads(max(1, workers)).map(function, context, items)
 
+    def written(
+        self,
+        function: Callable[[Context, tuple[int, Item]], None],
+        context: Context,
+        folder: Path,
+        name: str,
+        items: Sequence[Item],
+        held: int = 0,
+    ) -> list[Path]:
+        """Have function(context, (number, item)) write the files that are not there yet; return all, in order.
+
+        name: of an item's file, of its number, as "cells-{:06d}.npy". held: see `map`.
+        """
+        numbered = list(enumerate(items))
+        files = [folder / name.format(number) for number, _ in numbered]
+        left = [item for item, file in zip(numbered, files, strict=True) if not file.is_file()]
+        for _ in self.map(function, context, left, held):
+            pass
+        return files
+
     def block_rows(self, row_bytes: int) -> int:
         """Rows of a block that holds `row_bytes` each: a power of two, an eighth of the memory at most."""
         rows = max(1, self.memory // 8 // max(1, row_bytes))

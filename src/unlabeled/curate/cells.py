@@ -127,27 +127,19 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
     """
     k, width = centroids_KD.shape
     size = resources.block_rows(4 * width + 256)
-    blocks = list(enumerate(spans(len(rows), size)))
-
-    def done(make: Any, context: Any, name: str, held: int) -> list[Path]:
-        files = [folder / name.format(number) for number, _ in blocks]
-        left = [item for item, file in zip(blocks, files, strict=True) if not file.is_file()]
-        for _ in resources.map(make, context, left, held):
-            pass
-        return files
-
+    blocks = spans(len(rows), size)
     between_KK = np.sqrt(np.maximum(2 - 2 * (centroids_KD @ centroids_KD.T), 0))
     layout = _Layout(rows, centroids_KD, between_KK, reach, folder)
-    files = done(_assign_block, layout, "assigned-{:06d}.npz", 12 * size * width + 6 * SCORES)
+    held = 12 * size * width + 6 * SCORES
+    files = resources.written(_assign_block, layout, folder, "assigned-{:06d}.npz", blocks, held)
     parts = [load_arrays(file) for file in files]
     labels, counts, probes = (
         np.concatenate([part[name] for part in parts]) for name in ("labels", "counts", "probes")
     )
     order = np.argsort(labels, kind="stable")
     by_row = csr_array((np.ones(len(probes), bool), probes, _starts(counts)), shape=(len(rows), k))[order]
-    files = done(
-        _store_block, (rows, order, folder), "cells-{:06d}.npy", 2 * size * width * rows.dtype.itemsize
-    )
+    held = 2 * size * width * rows.dtype.itemsize
+    files = resources.written(_store_block, (rows, order, folder), folder, "cells-{:06d}.npy", blocks, held)
     stored = Parts([np.load(file, mmap_mode="r") for file in files])
     stays = len(rows) * width * rows.dtype.itemsize <= resources.memory // 4
     return Cells(

@@ -175,11 +175,8 @@ def _in_cells(
     ends = np.cumsum(np.bincount(probes_Qp.ravel(), minlength=len(centroids)))
     starts = np.concatenate(([0], ends))
     context = _InCells(cells, queries, order // chosen["probes"], starts, k, above, folder)
-    items = list(enumerate(cells.tasks))
-    files = [folder / f"nearest-{number:06d}.npz" for number, _ in items]
-    left = [item for item, file in zip(items, files, strict=True) if not file.is_file()]
-    for _ in resources.map(_search_cells, context, left, cells.task_bytes):
-        pass
+    held = cells.task_bytes
+    files = resources.written(_search_cells, context, folder, "nearest-{:06d}.npz", cells.tasks, held)
     best = _Best(len(queries), k)
     for file in files:
         part = load_arrays(file)

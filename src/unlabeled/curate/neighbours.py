@@ -107,16 +107,14 @@ def components(
     if not len(vectors):
         return Components(np.empty(0, np.int64), 0, 0, Recall(0, 0, 0))
     with prepared(vectors, threshold, recall, resources) as (join, folder):
-        items = list(enumerate(join.cells.tasks))
-        files = [folder / f"connected-{number:06d}.npz" for number, _ in items]
-        left = [item for item, file in zip(items, files, strict=True) if not file.is_file()]
-        for _ in resources.map(_connect_cells, (join, folder), left, join.cells.task_bytes):
-            pass
+        tasks, held = join.cells.tasks, join.cells.task_bytes
+        name = "connected-{:06d}.npz"
+        files = resources.written(_connect_cells, (join, folder), folder, name, tasks, held)
         sets, pairs = UnionFind(len(vectors)), 0
         for file in files:
-            held = load_arrays(file)
-            sets.union(held["left"], held["right"])
-            pairs += int(held["count"])
+            found = load_arrays(file)
+            sets.union(found["left"], found["right"])
+            pairs += int(found["count"])
         return Components(sets.labels(), pairs, join.cells.compared, join.recall)
 
 

@@ -34,11 +34,9 @@ def sketched(rows: Rows, threshold: float, folder: Path, resources: Resources) -
     if not basis.shape[1]:
         return None
     size = resources.block_rows(12 * rows.shape[1])
-    blocks = list(enumerate(spans(len(rows), size)))
-    files = [folder / f"sketch-{number:06d}.npy" for number, _ in blocks]
-    left = [item for item, file in zip(blocks, files, strict=True) if not file.is_file()]
-    for _ in resources.map(_write_block, (rows, basis, folder), left, 16 * size * rows.shape[1]):
-        pass
+    context, held = (rows, basis, folder), 16 * size * rows.shape[1]
+    blocks = spans(len(rows), size)
+    files = resources.written(_write_block, context, folder, "sketch-{:06d}.npy", blocks, held)
     parts = Parts([np.load(file, mmap_mode="r") for file in files])
     stays = 4 * len(rows) * parts.shape[1] <= resources.memory // 4
     return Rows(parts, is_ready=True, stays=stays)

@@ -5,6 +5,7 @@ Shape suffixes: B images, D width, F features read (D times what is read), C cla
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ def pooled(layers: list[Tokens], mean_patch: bool) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-class ClassifierHead(nn.Module):
+class ClassifierHead(nn.Module, ABC):
     """What classifiers share: which tokens they read.
 
     num_layers: the last blocks whose CLS is read. mean_patch: the last block's mean patch is read too.
@@ -49,9 +50,9 @@ class ClassifierHead(nn.Module):
         """Return what it reads, float32 (B, F)."""
         return pooled(layers, self.mean_patch).float()
 
+    @abstractmethod
     def logits(self, features_BF: Tensor) -> Tensor:
         """Return logits (B, C)."""
-        raise NotImplementedError
 
     def forward(self, layers: list[Tokens]) -> Tensor:
         """Return logits (B, C)."""
