@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from machine import device_name, gemm_rate, peak_memory
-from unlabeled.devices import denormals_flushed
+from unlabeled.devices import tuned_for
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
 from unlabeled.pretrain.batch import Batch
@@ -351,7 +351,7 @@ def main() -> None:
     if options.check_flops:
         check_flops(options)
     elif options.one:
-        with denormals_flushed():
+        with tuned_for(torch.device(options.device)):
             print(json.dumps(measure_ours(options, options.one)), flush=True)
     else:
         rows = measure_rows(options)

@@ -62,6 +62,15 @@ def denormals_flushed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def tuned_for(device: torch.device) -> Iterator[None]:
+    """The process is set up for training on a device meanwhile: see `denormals_flushed` and `keep_freed_memory`."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    with denormals_flushed():
+        yield
+
+
+@contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
     """torch's operations take one thread each meanwhile: for threads that each run a batch of their own.
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from unlabeled.curate.contrastive import detector_loss
 from unlabeled.curate.views import ViewBatch, ViewDataset, ViewRecipe
-from unlabeled.devices import choose_device, denormals_flushed, keep_freed_memory
+from unlabeled.devices import choose_device, tuned_for
 from unlabeled.errors import UserError, writing
 from unlabeled.features.extract import Pooled, features_of
 from unlabeled.features.extractor import Extractor
@@ -100,9 +100,7 @@ def train_copy_detector(
     _check(recipe, network, source)
     _join(folder, recipe, str(data))
     network.to(target).train()
-    if target.type == "cpu":
-        keep_freed_memory()
-    with denormals_flushed():
+    with tuned_for(target):
         _train(network, source, recipe, folder, target, console)
     return folder
 

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from unlabeled.devices import choose_device, denormals_flushed, keep_freed_memory
+from unlabeled.devices import choose_device, tuned_for
 from unlabeled.errors import UserError
 from unlabeled.finetune.backbone import learning, parameter_groups, prepare
 from unlabeled.finetune.batches import Group, Report, mixed_up
@@ -121,10 +121,8 @@ def train_head(
         StoppedBySignal: SIGTERM or SIGINT came, where there is a folder; a checkpoint is written.
     """
     where = choose_device(device)
-    if where.type == "cpu":
-        keep_freed_memory()
     with ExitStack() as stack:
-        stack.enter_context(denormals_flushed())
+        stack.enter_context(tuned_for(where))
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unlabeled-")))
         torch.manual_seed(recipe.seed)
         training = _Training(model, head, loss, recipe, where, num_classes)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import shutil
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -232,8 +235,26 @@ def _one_line(folder: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointException) as error:
         reasons = [error] if isinstance(error, OSError) else list(error.failures.values())
-        text = next((str(r[0] if isinstance(r, tuple) else r) for r in reasons), str(error))
+        causes = [reason[0] if isinstance(reason, tuple) else reason for reason in reasons]
+        text = str(causes[0]) if causes else str(error)
+        _drop_writers([error, *causes])
         raise UserError(f"{folder} cannot be written: {text}; make room, then resume the run") from error
+
+
+def _drop_writers(errors: list[BaseException]) -> None:
+    """Let go of torch's writers to files that are closed, which the tracebacks hold.
+
+    They flush when they are collected; from Python 3.13 on the failure of that is printed, in the midst of other words.
+    """
+    kept, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        while errors:
+            error = errors.pop()
+            traceback.clear_frames(error.__traceback__)
+            errors += [one for one in (error.__cause__, error.__context__) if one]
+        gc.collect()
+    finally:
+        sys.unraisablehook = kept
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unlabeled.devices import denormals_flushed, keep_freed_memory
+from unlabeled.devices import tuned_for
 from unlabeled.errors import UserError
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
@@ -125,9 +125,7 @@ def pretrain(
     if out and begun_by_this_job(Path(out)):
         resume, values = out, {}  # recipe.toml has them all
     plan = resumed(Path(resume), values) if resume else prepared(out, recipe, values, parallel, console)
-    if parallel.device.type == "cpu":
-        keep_freed_memory()
-    with denormals_flushed():
+    with tuned_for(parallel.device):
         return _train(plan, parallel, evaluation or _evaluation(plan.recipe, parallel), console)
 
 
