@@ -27,9 +27,9 @@ def model(random_model: Make, configs) -> VisionTransformer:
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty hub cache and torch hub folder, and no network."""
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     return tmp_path
 
@@ -176,6 +176,17 @@ def test_files_that_are_no_weights(model: VisionTransformer, tmp_path: Path) -> 
         load_model(tmp_path / "loop")
     with pytest.raises(UserError, match="no file or folder '~nobody-of-that-name"):
         load_model("~nobody-of-that-name/model.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    value: float, model: VisionTransformer, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        model.blocks[1].ls2.gamma[3] = value
+    save_meta(model, tmp_path / "broken.pth")
+    with pytest.raises(UserError, match=r"not finite, in blocks\.1\.ls2\.gamma"):
+        load_model(tmp_path / "broken.pth")
 
 
 def test_names() -> None:

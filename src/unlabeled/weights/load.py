@@ -62,7 +62,7 @@ def load_model(
     timm/vit_small_patch14_dinov2.lvd142m. Names are downloaded once, into the hubs' own caches.
     interpolation: how to resize the position embedding, see VitConfig; by default as the code does that the
     weights come from.
-    Raises UserError where nothing is found, what is found is no such model, or a download is impossible.
+    Raises UserError where nothing is found, what is found is no such model or not finite, or a download is impossible.
     """
     if interpolation not in get_args(Interpolation):
         ways = ", ".join(filter(None, get_args(Interpolation)))
@@ -75,10 +75,20 @@ def load_model(
             model = load_file(path)
         else:
             model = load_name(str(text))
+    if broken := _not_finite(model):
+        raise UserError(
+            f"{text} has numbers that are not finite, in {broken}; its training or its file went wrong."
+        )
     if interpolation:
         model.config = replace(model.config, interpolation=interpolation)
     model.name = str(path.resolve()) if path.exists() else str(text)  # as it is valid from every folder
     return model.to(device)
+
+
+def _not_finite(model: VisionTransformer) -> str:
+    """Return the name of a weight that is infinite or no number, or nothing."""
+    state = model.state_dict()
+    return next((name for name, value in state.items() if not value.isfinite().all()), "")
 
 
 def expanded(text: str | Path) -> Path:
