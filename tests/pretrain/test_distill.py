@@ -173,7 +173,7 @@ def test_the_command_distills(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["steps"] == 3
-    assert "stays as it is: no masks, no drop path" in done.stderr
+    assert "stays as it is: no masks, drop path 0, 20 prototypes" in done.stderr
 
 
 def test_the_learning_rate_is_the_papers_or_that_of_small_images(released: Path) -> None:

@@ -100,12 +100,15 @@ def prepared(
     if start and "model.start" in values:  # a recipe that names its own is taken as it stands
         plan, more = _continued(plan, start)
         reasons += more
-    if teacher and "teacher.model" in values:
-        plan = distillation(plan, teacher, len(source))
-        reasons.append(
-            f"the teacher {teacher.name} stays as it is: no masks, no drop path, {plan.head.num_prototypes} prototypes"
-        )
+    learns_from = teacher if "teacher.model" in values else None
+    if learns_from:
+        plan = distillation(plan, learns_from, len(source))
     plan = auto.filled(override(plan, values, "the command line"))
+    if learns_from:
+        reasons.append(
+            f"the teacher {learns_from.name} stays as it is: no masks, drop path {plan.model.drop_path:g}, "
+            f"{plan.head.num_prototypes} prototypes"
+        )
     if start and not plan.model.image_size:
         plan = dataclasses.replace(plan, model=with_grid(start, plan))
     if start and "model.start" in values:
