@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from unlabeled.curate.calibrate import calibrate, calibrate_on, from_cosines
+from unlabeled.curate.copy_scores import pooled
 from unlabeled.errors import UserError
 
 from .made import clustered
@@ -74,3 +75,13 @@ def test_mistakes_are_named():
         calibrate(np.ones((1, 2), np.float32), np.ones((1, 2), np.float32), [0])
     with pytest.raises(UserError, match="precision is above 0"):
         from_cosines([1.0], [0.0], (0,))
+
+
+def test_micro_average_precision_is_that_of_all_pairs_in_one_list():
+    rng = np.random.default_rng(3)
+    right, wrong = rng.normal(0.6, 0.2, 80).clip(-1, 1), rng.normal(0.2, 0.2, 4000).clip(-1, 1)
+    found = from_cosines(right, wrong)
+    scores = np.floor((np.concatenate((right, wrong)) + 1) * 10_000)  # ties within a bin, wrong ones first
+    expected, _, _ = pooled(scores, np.arange(4080) < 80, 0.9)
+    assert found.micro_ap == pytest.approx(expected, rel=1e-12)
+    assert from_cosines([], [0.5]).micro_ap == 0

@@ -35,6 +35,24 @@ def test_all_pairs_within_a_distance_once(monkeypatch: pytest.MonkeyPatch, few: 
     assert set(found) == wanted
 
 
+@pytest.mark.parametrize("few", [16, 4096])
+@pytest.mark.parametrize("distance", [0, 4])
+def test_the_nearest_of_others(monkeypatch: pytest.MonkeyPatch, few: int, distance: int) -> None:
+    monkeypatch.setattr(hashes, "FEW", few)
+    rng = np.random.default_rng(distance)
+    values = rng.permutation(planted(rng, 300))
+    own, others = values[:260], np.concatenate((values[200:], values[380:]))  # some in both, some twice
+    bits = np.array([[bin(int(a) ^ int(b)).count("1") for b in others] for a in own])
+    best = bits.argmin(1)
+    near = bits.min(1) <= distance
+    places, differ = hashes.nearest_hashes(own, others, distance)
+    assert near.any() and not near.all()
+    assert places.tolist() == np.where(near, best, -1).tolist()
+    assert differ.tolist() == np.where(near, bits.min(1), 64).tolist()
+    nothing, _ = hashes.nearest_hashes(own, others[:0], distance)
+    assert (nothing == -1).all()
+
+
 def test_copies_do_not_chain() -> None:
     values = np.array(
         [0, 0b111, 0b111111, 0], np.uint64

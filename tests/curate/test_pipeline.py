@@ -153,10 +153,11 @@ def test_stopped_at_each_step_and_other_workers_give_the_same(
         return files(tmp_path / out)
 
     whole = curated("whole", 1)
-    point = json.loads((tmp_path / "whole" / "work" / "calibration.json").read_text())["point"]
+    point = json.loads((tmp_path / "whole" / "work" / "calibration.json").read_text())["points"]["raw"]
     page = (tmp_path / "whole" / "report" / "index.html").read_text()
     said = "No cosine gives" if point["recall"] == 0 else f"{point['recall']:.1%} of the copies are found"
     assert said in page  # and not the recall of the search for neighbours
+    assert "features as they are: Vectors of 32 values take 64 images to be whitened, not 9." in page
     assert curated("two", 2) == whole
     for number, step in enumerate(("exact", "copies", "cluster")):
         real = getattr(pipeline.do, step)

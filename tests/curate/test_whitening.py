@@ -1,24 +1,69 @@
 """Whitening, and what a background has to be for normalised scores."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from unlabeled.curate import whitening
+from unlabeled.curate.blocks import Resources
 from unlabeled.curate.copy_scores import background_normalised, copy_scores, wrong_pair_surprise
-from unlabeled.curate.whitening import fit_whitening
+from unlabeled.curate.whitening import fit_whitening, write_whitened
 from unlabeled.errors import UserError
 
 
-def test_whitened_vectors_have_no_mean_and_the_same_variance_everywhere() -> None:
-    rng = np.random.default_rng(0)
-    vectors = 7 + rng.standard_normal((4000, 6)) @ rng.standard_normal((6, 6))
-    vectors = np.concatenate((vectors, vectors[:, :1] * 2), axis=1)  # a direction without variance
-    fitted = fit_whitening(vectors)
-    white = (vectors - fitted.mean_D) @ fitted.matrix_DK
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def uneven(count: int, seed: int = 0) -> np.ndarray:
+    """Vectors far from the origin, float32 (N, 7), the last value twice the first: a direction without variance."""
+    rng = np.random.default_rng(seed)
+    vectors = 7 + rng.standard_normal((count, 6)) @ rng.standard_normal((6, 6))
+    return unit(np.concatenate((vectors, vectors[:, :1] * 2), axis=1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_blocks_are_whitened_as_the_whole_in_float64(
+    workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(whitening, "BLOCK", 300)
+    vectors = uneven(4000)
+    exact = unit(vectors.astype(np.float64))
+    mean = exact.mean(0)
+    variances, directions = np.linalg.eigh((exact - mean).T @ (exact - mean) / 4000)
+    expected = unit((exact - mean) @ directions[:, 1:] / np.sqrt(variances[1:]))
+    resources = Resources(workers=workers, memory=1 << 24)
+    fitted = fit_whitening(vectors, resources=resources)
+    white = fitted(vectors * np.float32(3))
     assert white.shape == (4000, 6)
-    np.testing.assert_allclose(white.T @ white / len(white), np.eye(6), atol=1e-9)
-    np.testing.assert_allclose(np.linalg.norm(fitted(vectors), axis=1), 1, rtol=1e-6)
-    with pytest.raises(UserError, match="cannot be whitened"):
-        fit_whitening(np.ones((5, 3)))
+    np.testing.assert_allclose(white @ white[:200].T, expected @ expected[:200].T, atol=2e-5)
+    spread = (exact - fitted.mean_D) @ fitted.matrix_DK
+    np.testing.assert_allclose(spread.T @ spread / 4000, np.eye(6), atol=1e-4)
+    once = fit_whitening(vectors, resources=Resources(workers=1))
+    assert np.array_equal(once.matrix_DK, fitted.matrix_DK) and np.array_equal(once.mean_D, fitted.mean_D)
+    write_whitened(tmp_path / "white.npy", fitted, vectors.astype(np.float16), resources=resources)
+    written = np.load(tmp_path / "white.npy")
+    assert written.dtype == np.float16 and np.array_equal(
+        written, fitted(vectors.astype(np.float16)).astype(np.float16)
+    )
+
+
+def test_a_sample_of_many_is_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = uneven(3000)
+    whole = fit_whitening(vectors)
+    monkeypatch.setattr(whitening, "FITTED_ON", 1500)
+    some, again, other = (fit_whitening(vectors, resources=Resources(seed=seed)) for seed in (0, 0, 1))
+    assert np.array_equal(some.matrix_DK, again.matrix_DK)
+    assert not np.array_equal(some.mean_D, other.mean_D)
+    np.testing.assert_allclose(some.mean_D, whole.mean_D, atol=0.01)
+
+
+def test_too_few_or_equal_vectors_are_refused() -> None:
+    with pytest.raises(UserError, match="7 values take 14 images to be whitened, not 13"):
+        fit_whitening(uneven(13))
+    with pytest.raises(UserError, match="without a difference"):
+        fit_whitening(np.arange(1, 61).reshape(60, 1) * np.ones((60, 3), np.float32))
 
 
 def test_whitening_finds_copies_that_cosines_near_1_hide() -> None:
@@ -27,7 +72,7 @@ def test_whitening_finds_copies_that_cosines_near_1_hide() -> None:
     images = 30 + spread * rng.standard_normal((600, 16))
     references, background = images[:200], images[200:]
     queries = references[:100] + 0.4 * spread * rng.standard_normal((100, 16)) * (spread > 1)
-    raw = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (queries, references)]
+    raw = [unit(vectors) for vectors in (queries, references)]
     white = [fit_whitening(background)(vectors) for vectors in (queries, references)]
     found = [copy_scores(one @ other.T, np.arange(100)).micro_ap for one, other in (raw, white)]
     assert found[0] < 0.8 < 0.95 < found[1]

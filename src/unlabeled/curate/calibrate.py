@@ -71,6 +71,13 @@ class Calibration:
     right_B: Integers
     wrong_B: Integers
 
+    @property
+    def micro_ap(self) -> float:
+        """Mean, over the right pairs, of the precision down to each; in a bin the wrong pairs come first."""
+        bins = np.repeat(np.arange(len(self.right_B)), self.right_B[::-1])  # of each right pair, from the top
+        hits, misses = np.arange(1, len(bins) + 1), self.wrong_B[::-1].cumsum()[bins]
+        return float((hits / (hits + misses)).sum() / max(1, len(bins)))
+
 
 def calibrate(
     originals: Any,

@@ -86,12 +86,20 @@ def decontaminate(
     matched = which >= 0
     best[~matched], image[~matched], which[~matched] = np.nan, -1, -1
     cause = np.where(matched, np.arange(len(rows)), -1)
-    if groups is not None and matched.any():
+    if groups is not None:
         hits = np.flatnonzero(matched)
         hits = hits[np.lexsort((hits, -best[hits]))]
-        names, first = np.unique(groups[hits], return_index=True)
-        place = np.minimum(np.searchsorted(names, groups), len(names) - 1)
-        together = names[place] == groups
-        cause = np.where(matched, cause, np.where(together, hits[first][place], -1))
+        cause = np.where(matched, cause, first_of_groups(hits, groups))
     total = Recall(*(sum(getattr(one, name) for one in measured) for name in ("found", "pairs", "queries")))
     return Contamination(threshold, list(evaluation), which, image, np.minimum(best, 1), cause, total)
+
+
+def first_of_groups(hits: Integers, group_N: Integers) -> Integers:
+    """Return for each image the first of some hits that is of its group, int64 (N,); -1 where none is."""
+    result = np.full(len(group_N), -1, np.int64)
+    if len(hits):
+        names, first = np.unique(group_N[hits], return_index=True)
+        place = np.minimum(np.searchsorted(names, group_N), len(names) - 1)
+        together = names[place] == group_N
+        result[together] = hits[first][place[together]]
+    return result

@@ -89,6 +89,35 @@ def _pairs_within(
         yield np.sort(pairs, axis=1), bits[once].astype(np.int64)
 
 
+def nearest_hashes(
+    hashes_N: NDArray[np.uint64], others_M: NDArray[np.uint64], distance: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return for each hash the place of the nearest of others within a distance, the first of equally near ones, and
+    the bits they differ in; -1 and 64 where none is near.
+
+    distance: 0 to 7 bits, exact; see `near_pairs`.
+    """
+    codes = np.unique(np.concatenate((hashes_N, others_M)))
+    names, first = np.unique(others_M, return_index=True)
+    other = np.full(len(codes), -1, np.int64)  # place in others of each code that is there
+    other[np.searchsorted(codes, names)] = first
+    left, right = [np.searchsorted(codes, names)], [first]
+    bits = [np.zeros(len(names), np.int64)]
+    for pairs, apart in near_pairs(codes, distance):
+        for here, there in ((0, 1), (1, 0)):
+            to_other = other[pairs[:, there]] >= 0
+            left.append(pairs[to_other, here])
+            right.append(other[pairs[to_other, there]])
+            bits.append(apart[to_other])
+    codes_E, places_E, bits_E = np.concatenate(left), np.concatenate(right), np.concatenate(bits)
+    order = np.lexsort((places_E, bits_E, codes_E))
+    found, best = np.unique(codes_E[order], return_index=True)
+    place, differs = np.full(len(codes), -1, np.int64), np.full(len(codes), HASH_BITS, np.int64)
+    place[found], differs[found] = places_E[order][best], bits_E[order][best]
+    own = np.searchsorted(codes, hashes_N)
+    return place[own], differs[own]
+
+
 def near_copies(
     hashes_N: NDArray[np.uint64], rank_N: NDArray[np.int64], distance: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -27,14 +27,14 @@ from unlabeled.curate import steps as do
 from unlabeled.curate.blocks import Integers
 from unlabeled.curate.collect import collect, is_url_list
 from unlabeled.curate.distributed import RayExecutor, cluster
+from unlabeled.curate.excluded import removed
 from unlabeled.curate.lineage import Outcome, held, kept_or_made, write_lineage
 from unlabeled.curate.measured import measure_source
 from unlabeled.curate.output import write_output
 from unlabeled.curate.recipe import NO_MODEL, STEPS, CurateRecipe, resolved
 from unlabeled.curate.report import write_report
-from unlabeled.curate.work import Work, hash_of
+from unlabeled.curate.work import Work, hash_of, sample_hash
 from unlabeled.errors import UserError, writing
-from unlabeled.features.table import content_hash
 from unlabeled.images.sources import Source, open_source
 from unlabeled.pretrain.recipes import write_recipe
 from unlabeled.progress import Progress
@@ -42,8 +42,7 @@ from unlabeled.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMAT = "unlabeled curation 2"
-SAMPLED = 64  # images of DATA that are read to see whether it is still the same
+FORMAT = "unlabeled curation 3"
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,8 @@ def _wanted(
         raise UserError(f"{wanted[0]} needs {options[wanted[0]]}.")
     wanted = [step for step in wanted if asked.get(step, True)]
     if recipe.features.model == NO_MODEL:
-        for step, option in options.items():
+        for step in ("retrieve", "cluster"):
+            option = options[step]
             if step in wanted:
                 raise UserError(f"{option} needs features, and the model is none; give a MODEL.")
         if recipe.quality.scorer.endswith(do.HEADS):
@@ -251,7 +251,7 @@ def _check_images(folder: Path, source: Source, state: dict[str, Any]) -> None:
         raise UserError(
             f"{data} has {len(source):,} images and had {images:,} when {folder} was begun; choose another --out."
         )
-    if state["sample"] != _sample(source):
+    if state["sample"] != sample_hash(source):
         raise UserError(f"{data} has other images than when {folder} was begun; choose another --out.")
 
 
@@ -267,20 +267,8 @@ def _state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error!r}; choose another --out.") from error
     if not known or missing:
-        raise UserError(f"{file} is of another format than {FORMAT!r}.")
+        raise UserError(f"{file} is of another format than {FORMAT!r}; choose another --out.")
     return state
-
-
-def _sample(source: Source) -> str:
-    """Hash of some images, evenly spread, with their names."""
-    digest = hashlib.sha256()
-    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(np.int64)):
-        try:
-            sample = source.read(int(index))
-            digest.update(f"{sample.key}\0{content_hash(sample.data)}\n".encode())
-        except OSError:
-            digest.update(b"unreadable\n")
-    return digest.hexdigest()[:32]
 
 
 def _write_state(folder: Path, data: str, source: Source, counts: dict[str, Any]) -> None:
@@ -288,7 +276,7 @@ def _write_state(folder: Path, data: str, source: Source, counts: dict[str, Any]
         "format": FORMAT,
         "data": data,
         "images": len(source),
-        "sample": _sample(source),
+        "sample": sample_hash(source),
         "counts": counts,
     }
     with writing(folder), replacing(folder / "curation.json") as part:
@@ -320,26 +308,33 @@ def _run(work: Work, wanted: list[str]) -> tuple[list[Outcome], Integers]:
         step("quality", {"quality": quality, "features": needs}, lambda: do.quality(work, alive))
     else:
         step("readable", {}, lambda: do.readable(work, alive))
-    copies = recipe.duplicates
+    copies, clean = recipe.duplicates, alive
+    kept_for = np.arange(len(work.source))  # the image that each is a copy of, or itself
+
+    def follow(outcome: Outcome | None) -> None:
+        if outcome:
+            others = outcome.column("other_index")
+            step_for = np.arange(len(kept_for))
+            step_for[outcome.column("index")[others >= 0]] = others[others >= 0]
+            kept_for[:] = step_for[kept_for]
+
     if "duplicates" in wanted:
         if copies.exact:
-            step("exact", {}, lambda: do.exact(work, alive))
+            follow(step("exact", {}, lambda: do.exact(work, alive)))
         if copies.hash_distance >= 0:
-            step("perceptual", {"distance": copies.hash_distance}, lambda: do.perceptual(work, alive))
-    pool, group = alive, alive
+            follow(step("perceptual", {"distance": copies.hash_distance}, lambda: do.perceptual(work, alive)))
+    pool = alive
     given = {"duplicates": asdict(replace(copies, exact=True, hash_distance=0)), "features": features}
     if "duplicates" in wanted and has_model and copies.threshold != 2:
-        outcome = step("copies", given, lambda: do.copies(work, alive))
-        if outcome:
-            places = np.searchsorted(pool, outcome.column("index"))
-            group = pool.copy()
-            others = outcome.column("other_index")
-            group[places[others >= 0]] = others[others >= 0]
+        follow(step("copies", given, lambda: do.copies(work, alive)))
     if "decontaminate" in wanted:
-        sets = {"exclude": list(work.exclude), "decontaminate": asdict(recipe.decontaminate)}
-        step(
-            "decontaminate", given | sets, lambda: do.removed(work, *do.with_group(work, pool, group), alive)
-        )
+        sets = {
+            "exclude": {one: work.sample_of(one) for one in work.exclude},
+            "decontaminate": asdict(recipe.decontaminate),
+            "distance": copies.hash_distance,
+            "kept_for": hash_of(kept_for),
+        }
+        step("decontaminate", given | sets, lambda: removed(work, clean, pool, kept_for, alive))
     if "retrieve" in wanted:
         sets = {"seeds": list(work.seeds), "retrieve": asdict(recipe.retrieve), "features": features}
         step("retrieve", sets, lambda: do.retrieve(work, alive))

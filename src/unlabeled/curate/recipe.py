@@ -73,6 +73,9 @@ class DuplicatesRecipe:
     threshold: float = 0.0  # cosine; 0: by `precision` (DINOv2 with SSCD: 0.6); 2: no such step
     recall: float = 0.99  # of the pairs above the threshold, of the approximate search
     calibration_images: int = 500  # that copies are made of
+    # Whiten features before they are compared, here and in decontamination; auto: where copies of the images
+    # are then found better. A threshold that is a number is of features as they are, unless this is yes.
+    whiten: Literal["auto", "yes", "no"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,8 @@ def _sentence(outcome: Outcome, count: dict[str, Any]) -> str:
             )
     elif "threshold" in figures:
         said.append(f"Threshold {figures['threshold']:g}, as given.")
+    if "space" in figures:
+        said.append(_space(figures))
     if "search_bound" in figures:
         bound = figures["search_bound"]
         said.append(
@@ -166,6 +168,14 @@ def _sentence(outcome: Outcome, count: dict[str, Any]) -> str:
     if outcome.step == "perceptual":
         said.append(
             f"Up to {figures['distance']} of 64 bits may differ; {figures['without']:,} images have no contrast."
+        )
+    if outcome.step == "decontaminate":
+        bits = figures["hash_distance"]
+        hashes = f", perceptual hashes up to {bits} of 64 bits apart" if bits >= 0 else ""
+        features = "" if "space" in figures else "; without a model, features are not compared"
+        sets = ", ".join(f"{count:,} of {data}" for data, count in figures["images"].items())
+        said.append(
+            f"Held against {sets}: the same bytes{hashes}{', features' if not features else ''}{features}."
         )
     if outcome.step == "retrieve":
         way = f"the nearest images of each of {figures['seeds']:,} seeds"
@@ -179,6 +189,19 @@ def _sentence(outcome: Outcome, count: dict[str, Any]) -> str:
         levels = ", ".join(f"{k:,}" for k in figures["levels"])
         said.append(f"{figures['wanted']:,} images were wanted, from a tree of {levels} clusters.")
     return f"<p>{escape(' '.join(said))}</p>"
+
+
+def _space(figures: dict[str, Any]) -> str:
+    """Which features were compared, and why these."""
+    names = {"raw": "features as they are", "whitened": "whitened features"}
+    said = f"Compared are {names[figures['space']]}"
+    scores = figures.get("micro_ap", {})
+    if len(scores) > 1:
+        found = ", ".join(f"{names[space]} {score:.3f}" for space, score in scores.items())
+        said += f", which find copies of these images better by micro-average precision ({found})"
+    if figures.get("not_whitened"):
+        said += f": {figures['not_whitened'].rstrip('.')}"
+    return f"{said}."
 
 
 def _beside(values: dict[str, int], now: str, words: str) -> str:
@@ -247,24 +270,19 @@ def _groups(sheets: Sheets, outcome: Outcome) -> list[str]:
 
 def _removed(sheets: Sheets, outcome: Outcome) -> list[str]:
     figures = outcome.figures
-    if "near" not in figures:
-        return []
-    value = dict(zip(outcome.column("index").tolist(), outcome.column("value").tolist(), strict=True))
     lines: list[list[Tile]] = []
     for start in range(0, len(figures["shown"]), 3):
         line = []
-        for index, data, row in figures["shown"][start : start + 3]:
-            line += [
-                sheets.tile(index, f"dropped {value[index]:.3f}"),
-                sheets.tile(row, "excluded set", data),
-            ]
+        for index, data, row, words in figures["shown"][start : start + 3]:
+            line += [sheets.tile(index, f"dropped, {words}"), sheets.tile(row, "excluded set", data)]
         lines.append(line)
-    return [
-        _beside(figures["near"], f"{figures['threshold']:.4f}", "images at least so near to an excluded one"),
-        sheets.write(
-            "decontaminate", "Dropped images, each before the excluded image that it is too near to", lines
-        ),
+    parts = [
+        sheets.write("decontaminate", "Dropped images, each before the excluded image that it matches", lines)
     ]
+    if "near" in figures:
+        words = "images at least so near to an excluded one"
+        parts.insert(0, _beside(figures["near"], f"{figures['threshold']:.4f}", words))
+    return parts
 
 
 def _retrieved(sheets: Sheets, outcome: Outcome) -> list[str]:

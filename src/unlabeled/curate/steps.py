@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from unlabeled.curate.blocks import Integers
-from unlabeled.curate.decontaminate import decontaminate
 from unlabeled.curate.duplicates import near_duplicates
 from unlabeled.curate.hashes import first_of_each, near_copies
 from unlabeled.curate.hierarchy import hierarchical_kmeans
@@ -24,7 +22,7 @@ from unlabeled.curate.neighbours import pairs_above
 from unlabeled.curate.quality import criteria, failed, fails
 from unlabeled.curate.retrieve import from_seed_clusters, nearest_to_seeds
 from unlabeled.curate.sampling import balanced_sample
-from unlabeled.curate.work import Work
+from unlabeled.curate.work import Work, read_column
 from unlabeled.errors import UserError
 
 IMAGES_PER_CLUSTER = (
@@ -117,8 +115,7 @@ def exact(work: Work, alive: Integers) -> Made:
 def perceptual(work: Work, alive: Integers) -> Made:
     """Drop all but the best of images whose perceptual hashes differ in few bits."""
     distance = work.recipe.duplicates.hash_distance
-    column = pa.concat_tables([pq.read_table(shard, columns=["hash"]) for shard in work.measured]).column(0)
-    column = column.take(pa.array(alive))
+    column = read_column(work.measured, "hash").take(pa.array(alive))
     has = column.is_valid().to_numpy()
     hashes = column.drop_null().to_numpy()
     some = alive[has]
@@ -141,10 +138,11 @@ def copies(work: Work, alive: Integers) -> Made:
     recipe = work.recipe.duplicates
     alive, without = work.with_features(alive)
     missing = rows_of(without, NO_FEATURES)
-    threshold, figures = work.copy_threshold(alive)
+    compared = work.comparison(alive)
+    threshold, figures = compared.threshold, compared.figures
     if threshold > 1:
         return missing, figures | {"groups": []}
-    vectors = work.vectors(alive)
+    vectors = work.whitened(work.vectors(alive), compared.whitening)
     found = near_duplicates(
         vectors,
         threshold,
@@ -162,7 +160,7 @@ def copies(work: Work, alive: Integers) -> Made:
     for pairs in pairs_above(vectors, tried[0], recall=recipe.recall, resources=work.resources):
         np.maximum.at(nearest, pairs.left_P, pairs.cosines_P)
         np.maximum.at(nearest, pairs.right_P, pairs.cosines_P)
-    figures |= {
+    figures = figures | {
         "search_recall": found.recall.value,
         "search_bound": found.recall.bound,
         "pairs": found.pairs,
@@ -181,62 +179,6 @@ def _groups(kept: Integers, dropped: Integers, most: int = 12) -> list[list[int]
     return [
         [int(names[one]), *by_kept[starts[one] : starts[one] + counts[one]][:11].tolist()] for one in chosen
     ]
-
-
-def with_group(work: Work, pool: Integers, group: Integers) -> tuple[Integers, Integers]:
-    """Leave images without features out of a pool and the numbers of its groups."""
-    has = work.table_rows[pool] >= 0
-    return pool[has], group[has]
-
-
-def removed(work: Work, pool: Integers, group: Integers, alive: Integers) -> Made:
-    """Drop what is too near to an image of the sets to exclude, and what it is a copy of, or that of it.
-
-    pool: indices that had features before copies were dropped. group: index of the image each of them is a copy of.
-    """
-    threshold = work.recipe.decontaminate.threshold
-    figures: dict[str, Any] = {"threshold": threshold, "calibrated": False}
-    if not threshold:
-        threshold, figures = work.copy_threshold(pool)
-    if threshold > 1:
-        return rows_of([], ""), figures
-    sets = {data: work.features_of(data) for data in work.exclude}
-    vectors = work.vectors(pool)
-    tried = [threshold + step for step in NEIGHBOURING if 0 < threshold + step <= 1]
-    found = decontaminate(
-        vectors, {name: table.vectors for name, table in sets.items()}, threshold, groups=group,
-        resources=work.resources,
-    )  # fmt: skip
-    wide = decontaminate(
-        vectors, {name: table.vectors for name, table in sets.items()}, tried[0], resources=work.resources
-    )
-    left = np.isin(pool, alive)
-    dropped = np.flatnonzero(found.is_dropped & left)
-    cause = found.cause_N[dropped]
-    keys = {name: table.rows.column("key") for name, table in sets.items()}
-    other = [
-        f"{found.names[number]}: {keys[found.names[number]][row].as_py()}"
-        for number, row in zip(found.set_N[cause].tolist(), found.image_N[cause].tolist(), strict=True)
-    ]
-    own = cause == dropped
-    rows = rows_of(
-        pool[dropped],
-        np.where(own, "near an excluded image", "copy of one near an excluded image").tolist(),
-        value=found.similarity_N[cause],
-        limit=threshold,
-        other_index=np.where(own, -1, pool[cause]),
-        other=other,
-    )
-    cosines = np.nan_to_num(wide.similarity_N[left], nan=-1.0)
-    best = np.argsort(-found.similarity_N[cause], kind="stable")[:12]
-    return rows, figures | {
-        "images": {name: len(table) for name, table in sets.items()},
-        "near": {f"{one:.4f}": int((cosines >= one).sum()) for one in tried},
-        "shown": [
-            [int(pool[dropped[one]]), found.names[found.set_N[cause[one]]], int(found.image_N[cause[one]])]
-            for one in best
-        ],
-    }
 
 
 def retrieve(work: Work, alive: Integers) -> Made:

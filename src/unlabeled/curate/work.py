@@ -19,16 +19,26 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from unlabeled.atomic import replacing
-from unlabeled.curate.blocks import Executor, Integers, Resources, parse_bytes
+from unlabeled.curate.blocks import (
+    Executor,
+    Integers,
+    Resources,
+    Rows,
+    load_arrays,
+    parse_bytes,
+    save_arrays,
+)
 from unlabeled.curate.calibrate import OperatingPoint, calibrate
 from unlabeled.curate.copies import make_copy
+from unlabeled.curate.measured import measure_source
 from unlabeled.curate.recipe import CurateRecipe
-from unlabeled.errors import writing
+from unlabeled.curate.whitening import Whitening, fit_whitening, write_whitened
+from unlabeled.errors import UserError, writing
 from unlabeled.features.embed import embed
 from unlabeled.features.extractor import Extractor
-from unlabeled.features.table import FeatureTable
+from unlabeled.features.table import FeatureTable, content_hash
 from unlabeled.images.decode import BadImage, decode
-from unlabeled.images.sources import Source
+from unlabeled.images.sources import Source, open_source
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +48,23 @@ NOISY = (
 )
 COPIES_OF_EACH = 4  # made for the calibration
 CALIBRATION_POOL = 100_000  # images that copies are searched among, at most
+SAMPLED = 64  # images of DATA that are read to see whether it is still the same
+RAW, WHITENED = "raw", "whitened"  # features as they are, or whitened
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How features are compared.
+
+    Attributes:
+        threshold: cosine from which on two images are copies; above 1 where none is precise enough.
+        whitening: what the features go through first, if anything.
+        figures: how that was found, for the report.
+    """
+
+    threshold: float
+    whitening: Whitening | None
+    figures: dict[str, Any]
 
 
 @dataclass
@@ -63,7 +90,8 @@ class Work:
     executor: Executor | None = None
     console: Console | None = None
     _columns: dict[str, NDArray[Any]] = field(default_factory=dict)
-    _calibrated: OperatingPoint | None = None
+    _samples: dict[str, str] = field(default_factory=dict)
+    _compared: Comparison | None = None
 
     @property
     def resources(self) -> Resources:
@@ -80,10 +108,7 @@ class Work:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     self._columns[name] = sides.min(0) if name == "side" else sides.max(0) / sides.min(0)
             else:
-                column = pa.concat_tables(
-                    [pq.read_table(shard, columns=[name]) for shard in self.measured]
-                ).column(0)
-                self._columns[name] = column.to_numpy()
+                self._columns[name] = read_column(self.measured, name).to_numpy()
         return self._columns[name]
 
     @cached_property
@@ -99,10 +124,26 @@ class Work:
     def features_of(self, data: str) -> FeatureTable:
         """The feature table of a DATA, made once for each model and preprocessing."""
         chosen = self.recipe.features
-        name = hashlib.sha256(json.dumps([asdict(chosen), str(data)]).encode()).hexdigest()[:12]
+        what = [str(data)] if data == self.data else [str(data), self.sample_of(data)]
+        name = hashlib.sha256(json.dumps([asdict(chosen), *what]).encode()).hexdigest()[:12]
         return embed(
             data, chosen.model, self.folder / f"features-{name}", kind=chosen.kind, size=chosen.size or None,
             shape=chosen.shape, device=self.device, ray=self.recipe.run.ray or None, console=self.console,
+        )  # fmt: skip
+
+    def sample_of(self, data: str) -> str:
+        """Hash of some images of a DATA other than the pile, and of how many it has; made once."""
+        if data not in self._samples:
+            source = open_source(data)
+            self._samples[data] = f"{len(source)} {sample_hash(source)}"
+        return self._samples[data]
+
+    def measured_of(self, data: str) -> list[Path]:
+        """What is measured of a DATA other than the pile, made once."""
+        name = hashlib.sha256(f"{data}\0{self.sample_of(data)}".encode()).hexdigest()[:12]
+        return measure_source(
+            open_source(data), self.folder / f"measured-of-{name}", workers=self.recipe.run.workers,
+            on_ray=data if self.executor else None, console=self.console,
         )  # fmt: skip
 
     @cached_property
@@ -138,28 +179,87 @@ class Work:
         has = self.table_rows[alive] >= 0
         return alive[has], alive[~has]
 
-    def copy_threshold(self, alive: Integers) -> tuple[float, dict[str, Any]]:
-        """Cosine from which on two images are copies, and how it was found; above 1 where none is precise enough."""
-        number = self.recipe.duplicates.threshold
-        if 0 < number <= 1:
-            return number, {"threshold": number, "calibrated": False}
-        if self._calibrated is None:
-            self._calibrated = self._calibrate(alive)
-        point = self._calibrated
-        return point.threshold, {"calibrated": True} | {
-            name: value if np.isfinite(value) else None for name, value in asdict(point).items()
-        }
+    def whitened(self, vectors: Any, whitening: Whitening | None) -> Any:
+        """Vectors as they are compared: on disk, whitened, where that is wanted."""
+        if whitening is None or not len(vectors):
+            return vectors
+        name = hash_of(whitening.matrix_DK) + Rows(vectors).fingerprint()
+        file = self.folder / "blocks" / f"whitened-{hashlib.sha256(name.encode()).hexdigest()[:12]}.npy"
+        if not file.is_file():
+            write_whitened(file, whitening, vectors, resources=self.resources)
+        return np.load(file, mmap_mode="r")
 
-    def _calibrate(self, alive: Integers) -> OperatingPoint:
+    def comparison(self, alive: Integers, threshold: float = 0.0) -> Comparison:
+        """How images that have features are compared to find copies.
+
+        threshold: that was given for a step, or 0: that of the duplicates, or else calibrated.
+        Raises UserError where features have to be whitened and cannot be.
+        """
+        recipe = self.recipe.duplicates
+        number = threshold or recipe.threshold
+        if 0 < number <= 1:
+            whitening = self._whitening(alive) if recipe.whiten == "yes" else None
+            figures = {"threshold": number, "calibrated": False, "space": WHITENED if whitening else RAW}
+            return Comparison(number, whitening, figures)
+        if self._compared is None:
+            self._compared = self._calibrated(alive)
+        return self._compared
+
+    def _whitening(self, alive: Integers) -> Whitening:
+        """Fitted to images, or that of an earlier run."""
+        name = hashlib.sha256(f"{self.features.path.name} {hash_of(alive)} {self.recipe.run.seed}".encode())
+        file = self.folder / "blocks" / f"whitening-{name.hexdigest()[:12]}.npz"
+        if not file.is_file():
+            try:
+                found = fit_whitening(self.vectors(alive), resources=self.resources)
+            except UserError as error:
+                if self.recipe.duplicates.whiten != "yes":
+                    raise
+                raise UserError(f"duplicates.whiten is yes. {error}") from error
+            save_arrays(file, mean_D=found.mean_D, matrix_DK=found.matrix_DK)
+        return Whitening(**load_arrays(file))
+
+    def _calibrated(self, alive: Integers) -> Comparison:
+        """The threshold for the wanted precision, of the features that then find more of the copies."""
+        wanted = self.recipe.duplicates.whiten
+        spaces: dict[str, Whitening | None] = {} if wanted == "yes" else {RAW: None}
+        reason = None
+        if wanted != "no":
+            try:
+                spaces[WHITENED] = self._whitening(alive)
+            except UserError as error:
+                if wanted == "yes":
+                    raise
+                reason = str(error)
+        points, scores = self._points(alive, spaces)
+        # A recall at a high precision hangs on a pair or two, micro-AP on all of them.
+        best = max(spaces, key=lambda space: scores[space])  # the first of equal ones
+        point = points[best]
+        figures = {
+            name: value if np.isfinite(value) else None for name, value in asdict(point).items()
+        } | {
+            "calibrated": True, "space": best, "micro_ap": scores,
+            "not_whitened": reason,
+        }  # fmt: skip
+        return Comparison(point.threshold, spaces[best], figures)
+
+    def _points(
+        self, alive: Integers, spaces: dict[str, Whitening | None]
+    ) -> tuple[dict[str, OperatingPoint], dict[str, float]]:
+        """What copies made of the images say of each way to compare features: the point, and micro-AP."""
         recipe, seed = self.recipe.duplicates, self.recipe.run.seed
         file = self.folder / "calibration.json"
         identity = json.dumps(
-            [recipe.precision, recipe.calibration_images, seed, self.features.path.name, hash_of(alive)]
-        )
+            [
+                recipe.precision, recipe.calibration_images, seed, self.features.path.name, hash_of(alive),
+                list(spaces),
+            ]
+        )  # fmt: skip
         if file.is_file():
             held = json.loads(file.read_text())
             if held["identity"] == identity:
-                return OperatingPoint(**held["point"])
+                points = {space: OperatingPoint(**point) for space, point in held["points"].items()}
+                return points, held["micro_ap"]
         rng = np.random.default_rng([seed, 11])
         pool = np.sort(rng.choice(alive, min(len(alive), CALIBRATION_POOL), replace=False))
         some = np.sort(rng.choice(len(pool), min(len(pool), recipe.calibration_images), replace=False))
@@ -176,16 +276,41 @@ class Work:
             ]
             copies.append(np.asarray(extractor(made)))
             sources += [place] * COPIES_OF_EACH
-        found = calibrate(
-            self.features.vectors[self.table_rows[pool]],
-            np.concatenate(copies) if copies else np.empty((0, 1), np.float32),
-            sources,
-            precisions=[recipe.precision],
-            resources=self.resources,
-        )
+        queries = np.concatenate(copies) if copies else np.empty((0, 1), np.float32)
+        vectors = self.vectors(pool)
+        found = {
+            space: calibrate(
+                self.whitened(vectors, whitening),
+                whitening(queries) if whitening and len(queries) else queries,
+                sources,
+                precisions=[recipe.precision],
+                resources=self.resources,
+            )
+            for space, whitening in spaces.items()
+        }
+        points = {space: one.points[0] for space, one in found.items()}
+        scores = {space: one.micro_ap for space, one in found.items()}
+        kept = {space: asdict(point) for space, point in points.items()}
         with writing(file), replacing(file) as part:
-            part.write_text(json.dumps({"identity": identity, "point": asdict(found.points[0])}))
-        return found.points[0]
+            part.write_text(json.dumps({"identity": identity, "points": kept, "micro_ap": scores}))
+        return points, scores
+
+
+def read_column(measured: Sequence[Path], name: str) -> pa.ChunkedArray:
+    """Return a column of shards of `measure_source`."""
+    return pa.concat_tables([pq.read_table(shard, columns=[name]) for shard in measured]).column(0)
+
+
+def sample_hash(source: Source) -> str:
+    """Return a hash of some images, evenly spread, with their names."""
+    digest = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(np.int64)):
+        try:
+            sample = source.read(int(index))
+            digest.update(f"{sample.key}\0{content_hash(sample.data)}\n".encode())
+        except OSError:
+            digest.update(b"unreadable\n")
+    return digest.hexdigest()[:32]
 
 
 def hash_of(values: NDArray[Any]) -> str:
