@@ -163,8 +163,8 @@ def _by_features(
     if threshold > 1:
         return figures
     tables = {data: work.features_of(data) for data in work.exclude}
-    vectors = work.whitened(work.vectors(pool), compared.whitening)
-    sets = {data: work.whitened(table.vectors, compared.whitening) for data, table in tables.items()}
+    vectors = work.compared_vectors(pool, compared.whitening)
+    sets = {data: work.compared_vectors_of(table, compared.whitening) for data, table in tables.items()}
     tried = [threshold + step for step in NEIGHBOURING if 0 < threshold + step <= 1]
     wide = decontaminate(vectors, sets, tried[0], recall=recipe.recall, resources=work.resources)
     cosines = np.nan_to_num(wide.similarity_N, nan=-1.0)

@@ -142,7 +142,7 @@ def copies(work: Work, alive: Integers) -> Made:
     threshold, figures = compared.threshold, compared.figures
     if threshold > 1:
         return missing, figures | {"groups": []}
-    vectors = work.whitened(work.vectors(alive), compared.whitening)
+    vectors = work.compared_vectors(alive, compared.whitening)
     found = near_duplicates(
         vectors,
         threshold,

@@ -23,7 +23,6 @@ from unlabeled.curate.blocks import (
     Executor,
     Integers,
     Resources,
-    Rows,
     load_arrays,
     parse_bytes,
     save_arrays,
@@ -179,12 +178,21 @@ class Work:
         has = self.table_rows[alive] >= 0
         return alive[has], alive[~has]
 
-    def whitened(self, vectors: Any, whitening: Whitening | None) -> Any:
-        """Vectors as they are compared: on disk, whitened, where that is wanted."""
-        if whitening is None or not len(vectors):
+    def compared_vectors(self, indices: Integers, whitening: Whitening | None) -> Any:
+        """(A, K) of the images at some indices as they are compared: whitened, where that is wanted."""
+        name = f"{self.features.path.name} {hash_of(indices)}"
+        return self._whitened(self.vectors(indices), whitening, name)
+
+    def compared_vectors_of(self, table: FeatureTable, whitening: Whitening | None) -> Any:
+        """Of a whole feature table."""
+        return self._whitened(table.vectors, whitening, table.path.name)
+
+    def _whitened(self, vectors: Any, whitening: Whitening | None, name: str) -> Any:
+        """On disk, made once. name: of the vectors."""
+        if whitening is None:
             return vectors
-        name = hash_of(whitening.matrix_DK) + Rows(vectors).fingerprint()
-        file = self.folder / "blocks" / f"whitened-{hashlib.sha256(name.encode()).hexdigest()[:12]}.npy"
+        digest = hashlib.sha256(f"{name} {hash_of(whitening.matrix_DK)}".encode()).hexdigest()[:12]
+        file = self.folder / "blocks" / f"whitened-{digest}.npy"
         if not file.is_file():
             write_whitened(file, whitening, vectors, resources=self.resources)
         return np.load(file, mmap_mode="r")
@@ -277,10 +285,9 @@ class Work:
             copies.append(np.asarray(extractor(made)))
             sources += [place] * COPIES_OF_EACH
         queries = np.concatenate(copies) if copies else np.empty((0, 1), np.float32)
-        vectors = self.vectors(pool)
         found = {
             space: calibrate(
-                self.whitened(vectors, whitening),
+                self.compared_vectors(pool, whitening),
                 whitening(queries) if whitening and len(queries) else queries,
                 sources,
                 precisions=[recipe.precision],
