@@ -1,13 +1,13 @@
-"""Copy detection: a perceptual hash, features of a backbone, and a copy detector trained on the same images.
+"""Copy detection: a perceptual hash, features of a MODEL, and a copy detector trained on images of the same kind.
 
-    python benchmarks/copies.py photos.tar CIFAR10-TEST.parquet [--steps 400] [--out TABLE.md]
+    python benchmarks/copies.py photos.tar CIFAR10-TEST.parquet --model MODEL [--steps 400] [--out TABLE.md]
 
 Photographs are split: 200 to train on, 200 that nothing has seen. Of the latter, each by 17 kinds of copies (queries),
 half have their original among the references; these are 100 originals, 100 training photographs and 2,000 images of
-CIFAR-10. All pairs are pooled (DISC21). Detector and backbone are trained on the 200 photographs and 2,000 other images
-of CIFAR-10; whitening is fitted to these, and normalised scores have them as background, but for the photographs among
-the references. Collages are filled with 100 of the training photographs. The backbone is `unlabeled pretrain`, for as
-long as the detector trained.
+CIFAR-10. All pairs are pooled (DISC21). The detector is trained on the 200 photographs, their short side shrunk to 192
+pixels, and 2,000 other images of CIFAR-10; whitening is fitted to these, and normalised scores have them as background,
+but for the photographs among the references. Collages are filled with 100 of the training photographs. The MODEL has
+been trained on whatever it has been trained on.
 """
 
 import argparse
@@ -31,14 +31,15 @@ from unlabeled.curate.hashes import perceptual_hash
 from unlabeled.curate.overlays import Pixels
 from unlabeled.curate.views import ViewRecipe
 from unlabeled.curate.whitening import fit_whitening
-from unlabeled.features.extractor import Extractor
+from unlabeled.features.extractor import Extractor, Kind
 from unlabeled.images.decode import decode
 from unlabeled.images.sources import Source, open_source
-from unlabeled.pretrain.loop import pretrain
 
 KINDS = (*TRANSFORMATIONS, "collage", "composition")
 BATCH, DEPTH = 64, 4
-BACKBONE, DETECTOR = "backbone, CLS", "trained copy detector"
+SHORT_SIDE = 192  # pixels, of the photographs that are trained on
+KINDS_OF_FEATURES: dict[Kind, str] = {"cls": "CLS", "cls+mean": "CLS and mean"}
+HASH = "perceptual hash, 64 bits"
 Images = NDArray[np.uint8]
 
 
@@ -91,8 +92,10 @@ def main() -> None:
     parser.add_argument("--entropy", type=float, default=DetectorRecipe.entropy)
     parser.add_argument("--lr", type=float, default=DetectorRecipe.lr)
     parser.add_argument("--kind", default=DetectorRecipe.kind)
-    parser.add_argument("--detector", type=Path, help="one that is there already, in place of a training")
-    parser.add_argument("--no-model", action="store_true", help="leave the backbone out")
+    parser.add_argument(
+        "--detector", type=Path, help="trained into this folder, or taken from it if it is there"
+    )
+    parser.add_argument("--model", help="MODEL, compared too")
     parser.add_argument("--distractors", type=int, default=2000, help="of CIFAR-10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the tables here")
@@ -110,56 +113,49 @@ def main() -> None:
         root = Path(folder)
         (root / "train").mkdir()
         for index in train.tolist():
-            (root / "train" / f"{index:04}.jpg").write_bytes(source.read(index).data)
+            write_small(root / "train" / f"{index:04}.jpg", decode(source.read(index).data))
         others = range(options.distractors, 2 * options.distractors)
         for index in others:
             (root / "train" / f"cifar_{index:05}.png").write_bytes(cifar.read(index).data)
+        folders = {"detector after 1 step": root / "start", "detector": options.detector or root / "detector"}
         train_copy_detector(root / "train", root / "start", recipe=replace(recipe, steps=1), console=console)
-        begun = time.perf_counter()
-        if not options.detector:
-            train_copy_detector(root / "train", root / "detector", recipe=recipe, console=console)
-        seconds = time.perf_counter() - begun
+        if folders["detector"].exists():
+            note = "the detector one that was there"
+        else:
+            begun = time.perf_counter()
+            train_copy_detector(root / "train", folders["detector"], recipe=recipe, console=console)
+            note = (
+                f"the detector {options.steps} steps of {BATCH} images in {time.perf_counter() - begun:.0f} s"
+            )
         extractors = {
-            "detector after 1 step": load_detector(root / "start"),
-            DETECTOR: load_detector(options.detector or root / "detector"),
+            (name, kind): Extractor(load_detector(path).model, kind, size=options.size, shape="stretch")
+            for name, path in folders.items()
+            for kind in KINDS_OF_FEATURES
         }
-        trained = f"{options.steps} steps of {BATCH} images in {seconds:.0f} s"
-        notes = ["the detector " + ("one that was there" if options.detector else trained)]
-        if not options.no_model:
-            steps, spent = backbone(root, options.size, options.patch_size, seconds, options.seed, console)
-            extractors = {
-                BACKBONE: Extractor(root / "model", size=options.size, shape="stretch")
-            } | extractors
-            notes.append(f"the backbone {steps} steps of {BATCH} in {spent:.0f} s")
+        if options.model:
+            own = {
+                ("MODEL", kind): Extractor(options.model, kind, size=options.size, shape="stretch")
+                for kind in KINDS_OF_FEATURES
+            }
+            extractors = own | extractors
         scores, kinds = measure(
             extractors, decoded(source, train), decoded(source, test), decoded(cifar, range(options.distractors)),
             decoded(cifar, others), options.seed,
         )  # fmt: skip
-    text = tables(scores, kinds, f"{device_name(torch.device('cpu'))}; {', '.join(notes)}.")
+    text = tables(scores, kinds, f"{device_name(torch.device('cpu'))}; {note}.")
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
 
 
-def backbone(
-    root: Path, size: int, patch_size: int, seconds: float, seed: int, console: Console
-) -> tuple[int, float]:
-    """Pretrain a backbone of the detector's shape for a given time, into root/model; its steps and seconds."""
-    fields = {
-        "model.size": "vit_tiny", "model.depth": DEPTH, "model.patch_size": patch_size, "model.layer_scale": 1.0,
-        "model.positions": "sine", "crops.global_size": size, "crops.local_size": size // 2 // patch_size * patch_size,
-        "run.batch_size": BATCH, "run.health_every": 10**9,
-    }  # fmt: skip
-    run = pretrain(root / "train", root / "probe", steps=12, seed=seed, overrides=fields, console=console)
-    rate = float(np.median([row["images_per_second"] for row in run.metrics[4:]]))
-    steps = max(1, round(seconds * rate / BATCH))
-    begun = time.perf_counter()
-    pretrain(root / "train", root / "model", steps=steps, seed=seed, overrides=fields, console=console)
-    return steps, time.perf_counter() - begun
+def write_small(path: Path, pixels: Pixels) -> None:
+    scale = min(1, SHORT_SIDE / min(pixels.shape[:2]))
+    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(path), small[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
 
 
 def measure(
-    extractors: dict[str, Extractor], train: list[Pixels], test: list[Pixels], cifar: list[Pixels],
+    extractors: dict[tuple[str, Kind], Extractor], train: list[Pixels], test: list[Pixels], cifar: list[Pixels],
     others: list[Pixels], seed: int,
 ) -> tuple[dict[str, CopyScores], NDArray[np.int64]]:  # fmt: skip
     """Scores by way of comparing, and the kind of each query; others: images of CIFAR-10 that are no references."""
@@ -183,13 +179,13 @@ def measure(
     hash_surprise = wrong_pair_surprise(
         hashed, signs @ np.stack([hash_signs(one) for one in background[shown:]]).T
     )
-    scores = {"perceptual hash, 64 bits": copy_scores(hashed, originals)}
-    for name, extractor in extractors.items():
+    scores = {HASH: copy_scores(hashed, originals)}
+    for (model, features), extractor in extractors.items():
+        name = f"{model}, {KINDS_OF_FEATURES[features]}"
         found = {part: vectors_of(extractor, images) for part, images in parts.items()}
         scores[name] = copy_scores(found["queries"] @ found["references"].T, originals)
-        if name not in (BACKBONE, DETECTOR):
-            continue
-        white = {part: fit_whitening(found["background"])(vectors) for part, vectors in found.items()}
+        whiten = fit_whitening(found["background"])
+        white = {part: whiten(vectors) for part, vectors in found.items()}
         cosines = white["queries"] @ white["references"].T
         beside = white["queries"] @ white["background"][shown:].T
         scores[f"{name}, whitened"] = copy_scores(cosines, originals)
@@ -212,11 +208,14 @@ def tables(scores: dict[str, CopyScores], kind_Q: NDArray[np.int64], heading: st
         f"| {name} | {one.micro_ap:.3f} | {one.recall:.3f} | {one.recall_at_1:.3f} | {one.threshold:.3g} |"
         for name, one in scores.items()
     ]
+    shown = {
+        name: one for name, one in scores.items() if name == HASH or ("mean" in name and "1 step" not in name)
+    }
     for title, field in (("Recall at 90% precision", "found_Q"), ("Recall@1", "first_Q")):
-        lines += ["", f"{title}, by transformation:", "", "| | " + " | ".join(scores) + " |"]
-        lines.append("|---" * (len(scores) + 1) + "|")
+        lines += ["", f"{title}, by transformation:", "", "| | " + " | ".join(shown) + " |"]
+        lines.append("|---" * (len(shown) + 1) + "|")
         for kind, name in enumerate(KINDS):
-            means = [f"{getattr(one, field)[kind_Q == kind].mean():.2f}" for one in scores.values()]
+            means = [f"{getattr(one, field)[kind_Q == kind].mean():.2f}" for one in shown.values()]
             lines.append(f"| {name} | " + " | ".join(means) + " |")
     return "\n".join(lines)
 
