@@ -13,6 +13,7 @@ from unlabeled.curate.distributed import RayExecutor
 from unlabeled.curate.duplicates import near_duplicates
 from unlabeled.curate.kmeans import kmeans
 from unlabeled.curate.nearest import nearest_rows
+from unlabeled.curate.whitening import fit_whitening
 from unlabeled.errors import UserError
 from unlabeled.ray_cluster import connected, on_workers
 
@@ -65,7 +66,7 @@ def test_the_same_near_duplicates_with_workers_killed(tmp_path):
     assert (tmp_path / "_store_block").exists() and (tmp_path / "_connect_cells").exists()
 
 
-def test_the_same_clusters_and_neighbours():
+def test_the_same_clusters_neighbours_and_whitening():
     vectors, *_ = clustered(9400)
     here, there = (
         kmeans(vectors, 50, iterations=2, resources=Resources(executor=one)) for one in (None, RayExecutor())
@@ -77,6 +78,8 @@ def test_the_same_clusters_and_neighbours():
         for one in (None, RayExecutor())
     )
     assert (near.rows_Qk == far.rows_Qk).all()
+    own, other = (fit_whitening(vectors, resources=Resources(executor=one)) for one in (None, RayExecutor()))
+    assert (own.matrix_DK == other.matrix_DK).all()
 
 
 def test_mistakes_come_back_as_they_are():
