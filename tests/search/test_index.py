@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from unlabeled import FeatureTable, Index, UserError, build_index, open_index
 from unlabeled.search import build, graph
+from unlabeled.search import index as index_module
 
 from .conftest import clustered, cosines, write_table
 
@@ -66,8 +67,11 @@ CONDITIONS = {
 }
 
 
-@pytest.mark.parametrize("choice", ["exact", "approximate"])
-def test_conditions_leave_the_nearest_that_meet_them(make_table: Make, tmp_path: Path, choice) -> None:
+@pytest.mark.parametrize(("choice", "walk"), [("exact", 0), ("approximate", 0), ("approximate", 100)])
+def test_conditions_leave_the_nearest_that_meet_them(
+    make_table: Make, tmp_path: Path, choice, walk: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "WALK", walk)  # 0: exact search is never the faster way
     vectors, queries = clustered(4000), clustered(40, seed=1)
     index = build_index(make_table("table", vectors), tmp_path / "index", choice=choice, recall=0.98)
     for where, allowed in CONDITIONS.items():
@@ -81,7 +85,10 @@ def test_conditions_leave_the_nearest_that_meet_them(make_table: Make, tmp_path:
             assert share_found(found, truth) > 0.95, where
 
 
-def test_a_condition_that_is_met_far_away_only(make_table: Make, tmp_path: Path) -> None:
+def test_a_condition_that_is_met_far_away_only(
+    make_table: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "WALK", 0)
     vectors = np.concatenate((clustered(1500), -20 * np.abs(clustered(1500, seed=2))))
     queries = np.abs(clustered(20, seed=1))
     index = build_index(make_table("table", vectors), tmp_path / "index", choice="approximate")

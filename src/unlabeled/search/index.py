@@ -28,9 +28,16 @@ if TYPE_CHECKING:
     from unlabeled.features.extractor import Extractor
     from unlabeled.features.inputs import ImageLike
 
-SCANNED = 0.05  # a condition that fewer of an approximate index's rows meet is answered by exact search
+# Microseconds of a core at 384 values, of which only the ratios matter: what exact search takes to read a row, and to
+# compare it with a query; and what the graph takes for a query, times the share of the rows that meet a condition.
+READ, COMPARE, WALK = 1.0, 0.02, 100.0
 SPARE = 1.5  # times as many candidates as a condition needs on average, and MORE of them
 MORE = 10
+
+
+def _is_scanned(queries: int, k: int, count: int, total: int) -> bool:
+    """Whether exact search of the rows that meet a condition takes no longer than the graph would."""
+    return count <= k or count * (READ + COMPARE * queries) <= WALK * queries * total / count
 
 
 class Hit(NamedTuple):
@@ -210,7 +217,7 @@ class Index:
         allowed = now.allowed(where)
         total = len(now.rows)
         count = total if allowed is None else int(np.count_nonzero(allowed))
-        if now.graph is None or (allowed is not None and count <= max(k, SCANNED * total)):
+        if now.graph is None or (allowed is not None and _is_scanned(len(queries), k, count, total)):
             return scan(queries, now.vectors, k, None if allowed is None else allowed.nonzero()[0])
         wide = k if allowed is None else min(total, int(SPARE * k * total / count) + MORE)
         effort = effort_for(now.manifest.curve, self.recall if recall is None else recall, wide)
