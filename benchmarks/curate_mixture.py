@@ -49,11 +49,11 @@ COMMONEST, RATIO, CLASSES = (
     100,
     10,
 )  # images of the commonest class, and how many of the rarest's that is
-COPIES, NOISE = 2500, 1500
-WANTED = 2500  # images of the random part, and of the curated one
+COPIES, NOISE = 6000, 3000
+WANTED = 3000  # images of the random part, and of the curated one
 SEED_IMAGES, BANK = 10, 500  # of each class
 ARMS = ("all", "random", "curated", "curated with seeds", "balanced")
-# Fifteen runs within an hour of one core; local crops bring little to so short a run (results/cifar10.md).
+# A run takes some ten minutes of one core; local crops bring little to so short a run (results/cifar10.md).
 SMALL = {
     "model.width": 96, "model.num_heads": 3, "crops.num_locals": 0, "run.eval_every": 10**9,
     "run.health_every": 10**9, "run.checkpoint_every": 200,
@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="piles, runs and figures, and where to go on from"
     )
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
