@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from tests.conftest import encoded
 from unlabeled.curate import pipeline
@@ -16,8 +15,8 @@ from unlabeled.curate.hashes import perceptual_hash
 from unlabeled.curate.lineage import held
 from unlabeled.curate.quality import shrunk_grey
 from unlabeled.errors import UserError
-from unlabeled.vit import VisionTransformer, VitConfig
-from unlabeled.weights.huggingface import save_huggingface
+
+from .made import random_model
 
 LOOSE = {"quality.min_blur": 1, "quality.min_entropy": 0}
 
@@ -48,14 +47,7 @@ def bits(one: np.ndarray, other: np.ndarray) -> int:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("model")
-    network = VisionTransformer(VitConfig(width=16, depth=1, num_heads=2, patch_size=16, image_size=64))
-    with torch.no_grad():  # fresh weights would give all images the same features
-        for parameter in network.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
-    save_huggingface(network.eval(), folder)
-    return str(folder)
+    return random_model(tmp_path_factory.mktemp("model"), width=16, depth=1, seed=1)
 
 
 def test_leaked_images_go_by_bytes_and_by_hash_without_a_model(

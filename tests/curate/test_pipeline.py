@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from tests.conftest import encoded
 from unlabeled.cli import main
@@ -18,8 +17,8 @@ from unlabeled.curate.lineage import held
 from unlabeled.curate.recipe import CurateRecipe, resolved
 from unlabeled.errors import UserError
 from unlabeled.images.sources import open_source
-from unlabeled.vit import VisionTransformer, VitConfig
-from unlabeled.weights.huggingface import save_huggingface
+
+from .made import random_model
 
 FEW = {"duplicates.calibration_images": "6"}
 
@@ -46,14 +45,7 @@ def pile(tmp_path_factory: pytest.TempPathFactory, photograph: np.ndarray) -> Pa
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    network = VisionTransformer(VitConfig(width=32, depth=2, num_heads=2, patch_size=16, image_size=64))
-    with torch.no_grad():  # fresh weights would give all images the same features
-        for parameter in network.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
-    save_huggingface(network.eval(), folder)
-    return str(folder)
+    return random_model(tmp_path_factory.mktemp("model"), width=32, depth=2, seed=0)
 
 
 def run(
