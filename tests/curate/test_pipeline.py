@@ -165,6 +165,25 @@ def test_stopped_at_each_step_and_other_workers_give_the_same(
     assert len(open_source(tmp_path / "whole")) == 4
 
 
+def test_seeds_that_changed_are_noticed(pile: Path, model: str, tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
+    overrides = {"retrieve.method": "nearest", "retrieve.neighbours": 1, "run.memory": "512MB"}
+    found = []
+    for name in ("06.png", "07.png"):
+        (seeds / "like.png").write_bytes((pile / name).read_bytes())
+        done = pipeline.curate(
+            pile,
+            tmp_path / "out",
+            model=model,
+            seeds=seeds,
+            steps=["quality", "retrieve"],
+            overrides=overrides,
+        )
+        found.append([row["key"] for row in pq.read_table(done.lineage).to_pylist() if row["kept"]])
+    assert found == [["06.png"], ["07.png"]]
+
+
 def test_a_cluster_of_seeds_is_shown_with_them(pile: Path, model: str, tmp_path: Path) -> None:
     seeds = tmp_path / "seeds"
     seeds.mkdir()

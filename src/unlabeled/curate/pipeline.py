@@ -336,7 +336,11 @@ def _run(work: Work, wanted: list[str]) -> tuple[list[Outcome], Integers]:
         }
         step("decontaminate", given | sets, lambda: removed(work, clean, pool, kept_for, alive))
     if "retrieve" in wanted:
-        sets = {"seeds": list(work.seeds), "retrieve": asdict(recipe.retrieve), "features": features}
+        sets = {
+            "seeds": {one: work.sample_of(one) for one in work.seeds},
+            "retrieve": asdict(recipe.retrieve),
+            "features": features,
+        }
         step("retrieve", sets, lambda: do.retrieve(work, alive))
     if "cluster" in wanted:
         step(
