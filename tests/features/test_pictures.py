@@ -12,7 +12,7 @@ from PIL import Image
 from unlabeled.errors import UserError
 from unlabeled.features.attention import AttentionMaps
 from unlabeled.features.match import Matches
-from unlabeled.features.page import MARGIN, WIDTH, Box, Page, Scale, blocks, heat, lay_out, shortened
+from unlabeled.features.page import MARGIN, SMALL, WIDTH, Box, Page, Scale, blocks, heat, lay_out, shortened
 from unlabeled.features.pca import PatchPca
 from unlabeled.features.pictures import Picture, draw_attention, draw_match, draw_pca, draw_similar
 
@@ -196,3 +196,30 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"page\.png cannot be written: .*No space left"):
         page.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_ribbon_leaves_room_for_the_others() -> None:
+    titles = [["a.png", "PCA"], ["b.png", "PCA"]]
+    ordinary, ribbon = lay_out([(300, 450), (1600, 98)], titles).boxes
+    side = (ordinary[0].width * ordinary[0].height) ** 0.5
+    assert side > 300 and ribbon[0].height == pytest.approx(2 * side, abs=3)
+
+
+@pytest.mark.parametrize("shape", [(300, 450), (450, 300)])
+def test_sixteen_images_with_long_names_have_room(shape: tuple[int, int]) -> None:
+    titles = [[f"a long name of a photograph {n}.jpg", *(f"head {m}" for m in range(8))] for n in range(16)]
+    page = lay_out([shape] * 16, titles)
+    assert page.titles[3][0].endswith("jpg") and page.titles[3][1] == "head 0"
+    with pytest.raises(UserError, match="no room for so many panels; choose fewer images"):
+        lay_out([shape] * 16, titles, width=400)
+
+
+def test_text_of_a_small_page_can_be_read_and_is_inside(tmp_path: Path) -> None:
+    caption = "runs/street/model, marked: 800, 500 in a_photograph_of_a_cat.jpg, short side 160 pixels"
+    page = lay_out([(300, 450)] * 3, [["a.png", "PCA"]] * 3, caption=caption, width=400)
+    assert page.unit * SMALL > 9  # pixels
+    pixels = read(page, tmp_path / "page.png")
+    below = max(box.top + box.height for row in page.boxes for box in row)
+    _, columns = np.nonzero((pixels[below + 2 :] < 250).any(-1))
+    margin = MARGIN * page.unit - 1
+    assert margin <= columns.min() and columns.max() <= page.width - margin

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
@@ -22,12 +22,15 @@ from unlabeled.errors import UserError, writing
 
 WIDTH = 1600  # pixels of a page
 WIDTHS = (400, 2000)
-# In pixels on a page of WIDTH, and in proportion on others.
+# In pixels on a page of WIDTH, and in proportion on others, of LEAST or more, that text can still be read.
 MARGIN, GAP, TITLE, SMALL = 28, 20, 28, 24
+LEAST = 0.4
 BAR = (560, 22)  # of a colour scale
 TALLEST = (0.78, 1.25)  # page height over its width, with up to 8 panels and with more
 SQUEEZED = 0.72  # of its size a title may lose the rest, to fit its panel
 RIBBON = 2.6  # from this ratio of the sides on, panels have equal areas, not equal heights
+LONGEST = 2.0  # times the side of a square panel that a ribbon's long side has: equal areas would leave the page to it
+NAMES = (26, 14, 9)  # letters of a title; fewer, where a page would otherwise have no room
 LARGEST = 0.62  # side of a panel over the page's width
 INK, GREY = "#1a1a1a", "#6b6b6b"
 DPI = 100  # a font's point is DPI / 72 pixels
@@ -113,7 +116,8 @@ class Page:
         partial = path.with_name(f".{path.name}.partial")
         with writing(path):
             try:
-                self.figure.savefig(partial, format="png", dpi=DPI)
+                with rc_context({"text.hinting": "no_hinting"}):  # as `text_width` measures it
+                    self.figure.savefig(partial, format="png", dpi=DPI)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -140,7 +144,7 @@ class Page:
             np.linspace(0, 1, 512)[None], aspect="auto", cmap=scale.cmap, extent=(scale.low, scale.high, 0, 1)
         )
         bar.set_yticks([])
-        bar.locator_params(axis="x", nbins=5, steps=[1, 2, 2.5, 5, 10])
+        bar.locator_params(axis="x", nbins=6, steps=[1, 2, 2.5, 5, 10])
         bar.tick_params(axis="x", labelsize=SMALL * u * 72 / DPI, length=6 * u, width=u, colors=INK)
         bar.spines[:].set_visible(False)
         return y + height + 1.6 * SMALL * u
@@ -157,16 +161,37 @@ def lay_out(
     """Arrange the panels of some images on a page, as large as they get there.
 
     shapes: (height, width) of each image; its panels have its aspect. All panels of a page are equally high, or
-        equally large where there are ribbons. titles: one a panel, as many for every image. width: of the page at
-        most, in pixels.
+        equally large where there are ribbons, which are smaller if they would be longer than LONGEST. titles: one a
+        panel, as many for every image; shortened where there is no room. width: of the page at most, in pixels.
     Raises UserError for a width that no page has, or that has no room.
     """
     if not WIDTHS[0] <= width <= WIDTHS[1]:
         raise UserError(f"A page is {WIDTHS[0]} to {WIDTHS[1]} pixels wide, not {width}.")
-    u = width / WIDTH
+    u = max(width / WIDTH, LEAST)
+    foot = MARGIN * u + (4.0 * SMALL * u + BAR[1] * u if scale else 0) + ((GAP + SMALL) * u if caption else 0)
+    for most in NAMES:
+        shorter = [[shortened(title, most) for title in row] for row in titles]
+        best = _arranged(shapes, shorter, width, foot, u)
+        if best.boxes:
+            break
+    else:
+        raise UserError(
+            f"A page of {width} pixels has no room for so many panels; choose fewer images, or a wider page ({WIDTHS[1]} at "
+            "most)."
+        )
+    needed = [text_width(caption, 0.8 * SMALL * u), text_width(scale.label, SMALL * u) if scale else 0]
+    wanted = min(width, math.ceil(max(best.right, *(text + 2 * MARGIN * u for text in needed))))
+    shift = int(wanted - best.right) // 2
+    boxes = [[box._replace(left=box.left + shift) for box in row] for row in best.boxes]
+    return Page(wanted, math.ceil(best.bottom + foot), u, boxes, shorter, scale, caption)
+
+
+def _arranged(
+    shapes: list[tuple[int, int]], titles: list[list[str]], width: float, foot: float, u: float
+) -> _Table:
+    """Return the best arrangement; arguments as `lay_out`'s. Without a box, where there is no room for any."""
     num_panels = max(len(row) for row in titles)
     words = [max(SQUEEZED * text_width(title, TITLE * u) for title in row) for row in titles]
-    foot = MARGIN * u + (4.0 * SMALL * u + BAR[1] * u if scale else 0) + ((GAP + SMALL) * u if caption else 0)
     tallest = TALLEST[num_panels * len(shapes) > 8] * width - foot
     best, best_score = _Table([], 0, 0), 0.0
     for across in range(1, num_panels + 1):
@@ -181,13 +206,7 @@ def lay_out(
             score = area * filled**0.3 * (1 if len(shapes) == 1 or across in (1, num_panels) else 0.8)
             if score > best_score * 1.001:
                 best, best_score = table, score
-    if not best.boxes:
-        raise UserError(f"A page of {width} pixels is too narrow for these images; choose a wider one.")
-    needed = [text_width(caption, 0.8 * SMALL * u), text_width(scale.label, SMALL * u) if scale else 0]
-    wanted = min(width, math.ceil(max(best.right, *(text + 2 * MARGIN * u for text in needed))))
-    shift = int(wanted - best.right) // 2
-    boxes = [[box._replace(left=box.left + shift) for box in row] for row in best.boxes]
-    return Page(wanted, math.ceil(best.bottom + foot), u, boxes, titles, scale, caption)
+    return best
 
 
 class _Table(NamedTuple):
@@ -212,10 +231,11 @@ def _largest(
         side.
     """
     power = 0.5 if max(max(shape) / min(shape) for shape in shapes) > RIBBON else 0.0
+    longest = LONGEST if power else math.inf
     found, low, high = None, 24 * u, LARGEST * width
     for _ in range(24):
         middle = (low + high) / 2
-        heights = [middle * (h / w) ** power for h, w in shapes]
+        heights = [middle * min((h / w) ** power, longest, longest * h / w) for h, w in shapes]
         sizes = [
             (max(1, round(k * w / h)), max(1, round(k))) for k, (h, w) in zip(heights, shapes, strict=True)
         ]
@@ -263,7 +283,7 @@ def text_width(words: str, pixels: float) -> float:
     )
 
 
-def shortened(name: str, most: int = 26) -> str:
+def shortened(name: str, most: int = NAMES[0]) -> str:
     """Return a name without its middle, where it has more than `most` characters; "?" for what has no glyph."""
     glyphs = get_font(findfont(FontProperties()))
     name = "".join(letter if glyphs.get_char_index(ord(letter)) else "?" for letter in name)
