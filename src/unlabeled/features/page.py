@@ -176,8 +176,8 @@ def lay_out(
             break
     else:
         raise UserError(
-            f"A page of {width} pixels has no room for so many panels; choose fewer images, or a wider page ({WIDTHS[1]} at "
-            "most)."
+            f"A page of {width} pixels has no room for so many panels; choose fewer images, or a wider page "
+            f"({WIDTHS[1]} at most)."
         )
     needed = [text_width(caption, 0.8 * SMALL * u), text_width(scale.label, SMALL * u) if scale else 0]
     wanted = min(width, math.ceil(max(best.right, *(text + 2 * MARGIN * u for text in needed))))
