@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 environment: $(VENV)/.ready
 
 # Remade when the package's own requirements or its C code change.
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard src/unlabeled/pretrain/*.c)
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard src/unlabeled/*/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -27,4 +27,4 @@ test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/unlabeled/pretrain/*.so
+	rm -rf $(VENV) build src/*.egg-info src/unlabeled/*/*.so

@@ -1,4 +1,4 @@
-"""The C part of the package; everything else about it is in pyproject.toml."""
+"""The C parts of the package; everything else about it is in pyproject.toml."""
 
 from setuptools import Extension, setup
 
@@ -18,6 +18,11 @@ setup(
                 "-fno-signed-zeros",
                 "-ffp-contract=fast",
             ],
-        )
+        ),
+        Extension(
+            "unlabeled.curate._near",
+            ["src/unlabeled/curate/_near.c"],
+            extra_compile_args=["-O3", "-std=gnu11"],
+        ),
     ]
 )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from unlabeled.curate.blocks import Integers, Resources, Rows, spans
 from unlabeled.curate.kmeans import NO_LIMITS
@@ -173,7 +173,7 @@ def _calibrated(right: Integers, wrong: Integers, precisions: Sequence[float]) -
             raise UserError(f"A precision is above 0 and up to 1, not {wanted:g}.")
         good = np.flatnonzero((precision >= wanted) & (true_pairs > 0))
         if not len(good):
-            bound = float(beta.ppf(0.95, 1, negatives)) if negatives else 1.0
+            bound = float(betaincinv(1, negatives, 0.95)) if negatives else 1.0
             points.append(OperatingPoint(wanted, float("inf"), 0.0, 0.0, 0.0, 0, 0, bound))
             continue
         place = int(good[0])
@@ -183,11 +183,11 @@ def _calibrated(right: Integers, wrong: Integers, precisions: Sequence[float]) -
                 wanted=wanted,
                 threshold=float(edges[place]),
                 precision=float(precision[place]),
-                precision_bound=float(beta.ppf(0.05, hits, misses + 1)),
+                precision_bound=float(betaincinv(hits, misses + 1, 0.05)),
                 recall=hits / positives,
                 true_pairs=hits,
                 false_pairs=misses,
-                false_rate_bound=float(beta.ppf(0.95, misses + 1, negatives - misses))
+                false_rate_bound=float(betaincinv(misses + 1, negatives - misses, 0.95))
                 if negatives > misses
                 else 1.0,
             )

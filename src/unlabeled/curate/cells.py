@@ -1,17 +1,17 @@
-"""A matrix laid out by the cells of a k-means, in blocks on disk: what joins and searches read.
+"""A matrix by the cells of a k-means: what joins and searches go by.
 
 Shape suffixes: N vectors, D width, K cells, n rows of a block.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csc_array, csr_array
 
 from unlabeled.curate.blocks import (
     Floats,
@@ -39,54 +39,48 @@ BYTES_OF_A_ROW = 1000  # in memory for each vector, whatever its width: numbers,
 
 @dataclass(frozen=True)
 class Cells:
-    """A matrix laid out by cells.
+    """The rows of a matrix by cells.
 
     Attributes:
-        stored: the rows by cell, in the order of `order_N`.
-        order_N: number of each stored row in the matrix.
+        order_N: number of each row in the matrix, by cell: a stored row is a place in this order.
         cells_N: cell of each stored row.
-        starts: where each cell begins in `stored`, (K + 1,).
-        probes_NK: true where a stored row probes another cell, by rows.
-        probing_NK: the same by cells.
+        starts: where each cell begins in the order, (K + 1,).
+        probing_P: int32, the stored rows that probe each cell without lying in it, ascending, one cell after the other.
+        bounds: where each cell begins in `probing_P`, (K + 1,).
     """
 
-    stored: Rows
     order_N: Integers
     cells_N: NDArray[np.int32]
     starts: Integers
-    probes_NK: csr_array
-    probing_NK: csc_array
+    probing_P: NDArray[np.int32]
+    bounds: Integers
 
     @property
     def compared(self) -> int:
         """Number of cosines that a join of the matrix with itself computes."""
         sizes = np.diff(self.starts)
-        return int((sizes * (sizes + 1) // 2 + sizes * np.diff(self.probing_NK.indptr)).sum())
+        return int((sizes * (sizes + 1) // 2 + sizes * np.diff(self.bounds)).sum())
 
     def probing(self, cell: int) -> Integers:
         """Stored rows of other cells that probe a cell, ascending."""
-        rows: Integers = self.probing_NK.indices[
-            self.probing_NK.indptr[cell] : self.probing_NK.indptr[cell + 1]
-        ].astype(np.int64)
-        return rows
+        return self.probing_P[self.bounds[cell] : self.bounds[cell + 1]].astype(np.int64)
 
     @property
     def tasks(self) -> list[tuple[int, int]]:
         """Spans of cells, a task each."""
         return spans(len(self.starts) - 1, CELLS_OF_A_TASK)
 
-    @property
-    def task_bytes(self) -> int:
-        """Bytes that a task holds."""
-        largest = int(np.diff(self.starts).max(initial=0))
-        return 4 * TILE * TILE * 3 + 4 * self.stored.shape[1] * (min(largest, TILE) + TILE) * 2
-
     def has_probe(self, stored: Integers, cells: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Return whether each stored row probes the cell."""
-        if not len(stored):
-            return np.empty(0, bool)
-        result: NDArray[np.bool_] = np.asarray(self.probes_NK[stored, cells], bool).reshape(-1)
-        return result
+        """Return whether each stored row probes the cell, by bisection."""
+        low, high = self.bounds[cells], self.bounds[cells + 1]
+        last = len(self.probing_P) - 1
+        while (low < high).any():
+            middle = (low + high) // 2
+            is_before = self.probing_P[np.minimum(middle, last)] < stored
+            low, high = np.where(is_before & (low < high), middle + 1, low), np.where(is_before, high, middle)
+        inside = low < self.bounds[cells + 1]
+        inside[inside] = self.probing_P[low[inside]] == stored[inside]
+        return inside
 
 
 def cell_count(size: int) -> int:
@@ -121,7 +115,7 @@ def find_centroids(rows: Rows, folder: Path, resources: Resources) -> Floats:
 
 
 def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resources: Resources) -> Cells:
-    """Write the rows by cells into the folder, what is not yet there, and return them.
+    """Find the cell of each row, and the cells that it probes; what is found is kept in the folder.
 
     reach: a row also probes the cells from which a plane at most this far away divides it; 0 for none.
     """
@@ -132,24 +126,46 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
     layout = _Layout(rows, centroids_KD, between_KK, reach, folder)
     held = 12 * size * width + 6 * SCORES
     files = resources.written(_assign_block, layout, folder, "assigned-{:06d}.npz", blocks, held)
-    parts = [load_arrays(file) for file in files]
-    labels, counts, probes = (
-        np.concatenate([part[name] for part in parts]) for name in ("labels", "counts", "probes")
-    )
+    labels = np.concatenate([load_arrays(file)["labels"] for file in files])
     order = np.argsort(labels, kind="stable")
-    by_row = csr_array((np.ones(len(probes), bool), probes, _starts(counts)), shape=(len(rows), k))[order]
-    held = 2 * size * width * rows.dtype.itemsize
-    files = resources.written(_store_block, (rows, order, folder), folder, "cells-{:06d}.npy", blocks, held)
+    probing, bounds = _probing(files, order, k)
+    return Cells(order, labels[order], _starts(np.bincount(labels, minlength=k)), probing, bounds)
+
+
+def _probing(files: list[Path], order_N: Integers, k: int) -> tuple[NDArray[np.int32], Integers]:
+    """Turn lists of the cells that each row probes into lists of the rows that probe each cell."""
+    places = np.empty(len(order_N), np.int32)
+    places[order_N] = np.arange(len(order_N), dtype=np.int32)
+    counts = np.zeros(k, np.int64)
+    for file in files:
+        counts += np.bincount(load_arrays(file)["probes"], minlength=k)
+    bounds = _starts(counts)
+    probing = np.empty(bounds[-1], np.int32)
+    row, free = 0, bounds[:-1].copy()
+    for file in files:
+        part = load_arrays(file)
+        rows = np.repeat(places[row : row + len(part["counts"])], part["counts"])
+        row += len(part["counts"])
+        by_cell = np.argsort(part["probes"], kind="stable")
+        counts = np.bincount(part["probes"], minlength=k)
+        inside = np.arange(len(rows)) - np.repeat(_starts(counts)[:-1], counts)
+        probing[np.repeat(free, counts) + inside] = rows[by_cell]
+        free += counts
+    for start, stop in itertools.pairwise(bounds.tolist()):
+        probing[start:stop].sort()
+    return probing, bounds
+
+
+def stored_by_cell(rows: Rows, cells: Cells, folder: Path, resources: Resources) -> Rows:
+    """Write the rows in the order of their cells into the folder, what is not yet there, and return them."""
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    size = resources.block_rows(2 * row_bytes)
+    context, blocks = (rows, cells.order_N, folder), spans(len(rows), size)
+    held = 2 * size * row_bytes
+    files = resources.written(_store_block, context, folder, "cells-{:06d}.npy", blocks, held)
     stored = Parts([np.load(file, mmap_mode="r") for file in files])
-    stays = len(rows) * width * rows.dtype.itemsize <= resources.memory // 4
-    return Cells(
-        stored=Rows(stored, rows.unit, rows.is_ready, stays),
-        order_N=order,
-        cells_N=labels[order],
-        starts=_starts(np.bincount(labels, minlength=k)),
-        probes_NK=by_row,
-        probing_NK=by_row.tocsc(),
-    )
+    stays = len(rows) * row_bytes <= resources.memory // 4
+    return Rows(stored, rows.unit, rows.is_ready, stays)
 
 
 def _starts(counts: NDArray[Any]) -> Integers:

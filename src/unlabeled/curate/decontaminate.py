@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.margin import Recall
 from unlabeled.curate.nearest import nearest_rows
+from unlabeled.curate.recall import Recall
 from unlabeled.errors import UserError
 
 

@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, spans
 from unlabeled.curate.kmeans import NO_LIMITS, train, without_work
-from unlabeled.curate.margin import Recall
 from unlabeled.curate.neighbours import components
 from unlabeled.curate.products import ROUNDING
+from unlabeled.curate.recall import Recall
 from unlabeled.errors import UserError
 
 ROUNDS = 8  # of choosing one image in all components at once, before large ones are taken each by itself

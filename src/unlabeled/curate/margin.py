@@ -1,6 +1,6 @@
 """The share of the distance at which cells are probed, chosen on a sample, and its recall, measured on another.
 
-Shape suffixes: N vectors, D width, K cells, Q queries, n m rows of a product, P pairs.
+Shape suffixes: K cells, D width, Q queries.
 """
 
 from __future__ import annotations
@@ -11,94 +11,62 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, spans
-from unlabeled.curate.cells import TILE, Cells
-from unlabeled.curate.products import ROUNDING, Room, cosines_of
-from unlabeled.curate.sketch import SLACK
+from unlabeled.curate.blocks import LARGEST_BLOCK, Floats, Integers, Resources, Rows, spans
+from unlabeled.curate.brute_force import by_brute_force
+from unlabeled.curate.cells import Cells
+from unlabeled.curate.codes import ROOM, Codes
+from unlabeled.curate.products import LOOKED_AT, ROUNDING, cosines_of
+from unlabeled.curate.recall import Recall, lower_bounds
 
 EXACT = 0.5  # share of the distance at which no pair is missed
 QUERIES = (512, 512, 1024, 2048)  # of the sample, in turns until it has PAIRS
 PAIRS = 2000  # half of them choose the margin, half measure
 PAIRS_OF_A_QUERY = 64  # that count, so that one large group does not decide
-SEARCHED = 1024  # queries of the sample in one product
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Recall of an approximate step, measured on a sample against brute force.
-
-    Attributes:
-        found: of the sample's pairs, how many the step found.
-        pairs: that brute force found.
-        queries: vectors of the sample.
-    """
-
-    found: int
-    pairs: int
-    queries: int
-
-    @property
-    def value(self) -> float:
-        """Share found; 1 where there was none to find."""
-        return self.found / self.pairs if self.pairs else 1.0
-
-    @property
-    def bound(self) -> float:
-        """What the recall is at least, at 95% confidence (Clopper-Pearson); 0 where there was no pair."""
-        return float(lower_bounds(np.array([self.found]), self.pairs)[0])
-
-    def __str__(self) -> str:
-        counts = f"{self.found} of {self.pairs} pairs of {self.queries} vectors"
-        return f"{self.value:.4f} (at least {self.bound:.4f} at 95% confidence; {counts})"
-
-
-def lower_bounds(hits: Integers, trials: int) -> NDArray[np.float64]:
-    """Return what a share is at least, at 95% confidence, one-sided (Clopper-Pearson), for numbers of hits."""
-    from scipy.stats import beta
-
-    result: NDArray[np.float64] = np.nan_to_num(beta.ppf(0.05, hits, trials - hits + 1))
-    return result
 
 
 def drawn_pairs(
-    rows: Rows, exact: Rows | None, centroids: Floats, threshold: float, resources: Resources
+    rows: Rows,
+    short: Rows,
+    codes: Codes,
+    centroids: Floats,
+    threshold: float,
+    recall: float,
+    resources: Resources,
 ) -> dict[str, NDArray[Any]]:
-    """Return pairs of rows drawn at random with all others, by brute force.
+    """Return pairs of rows drawn at random with all others: those above the threshold.
 
-    All pairs above the threshold, and of each row that has none the one with its nearest.
+    Where they are too few to choose a margin for the recall by (`chosen_margin`), also of each row that has none the
+    pair with its nearest.
+
+    rows: in full. short: what the centroids are of, the rows or sketches of them. codes: of `short`.
     left, right: rows. is_above: whether the pair is above the threshold. needed: the least share of its distance, or of
     that of the threshold where it is above, at which the pair is found. query: number of the draw.
     """
     generator = np.random.default_rng([resources.seed, 2])
     drawn = generator.permutation(len(rows))[: sum(QUERIES)] if len(centroids) > 1 else np.empty(0, np.int64)
-    size = resources.block_rows(4 * rows.shape[1] + 4096)
-    columns: list[tuple[Integers, Integers, Floats]] = []
-    done = count = 0
+    query, right, cosine = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+    done = 0
     for more in QUERIES:
-        queries = drawn[done : done + more]
-        if not len(queries) or count >= PAIRS:
+        if done >= len(drawn) or len(query) >= PAIRS:
             break
-        context = _Queries(rows, exact, queries, rows.at(queries), threshold)
-        blocks = spans(len(rows), size)
-        held = 8 * size * rows.shape[1] + 8 * TILE * SEARCHED
-        query, row, cosine = (
-            np.concatenate(column)
-            for column in zip(*resources.map(_search_block, context, blocks, held), strict=True)
-        )
-        kept = _some(query, cosine, threshold, generator)
-        columns.append((query[kept] + done, row[kept], cosine[kept]))
-        done += len(queries)
-        count += int((cosine[kept] >= threshold - ROUNDING).sum())
-    if not columns:
-        columns = [(drawn, drawn, np.empty(0, np.float32))]
-    query, right, cosine = (np.concatenate(column) for column in zip(*columns, strict=True))
+        found = _pairs_above(rows, codes, drawn[done : done + more], threshold, resources)
+        kept = _some(found[0], generator)
+        query = np.concatenate((query, found[0][kept] + done))
+        right, cosine = np.concatenate((right, found[1][kept])), np.concatenate((cosine, found[2][kept]))
+        done = min(len(drawn), done + more)
+    above = len(query)
+    if done and recall < 1 and not _is_enough(int((query % 2 == 0).sum()), recall):
+        alone = np.setdiff1d(np.arange(done), query)
+        nearest = _nearest_others(short, drawn[alone], resources)
+        query, right = np.concatenate((query, alone)), np.concatenate((right, nearest))
+        cosine = np.concatenate((cosine, cosines_of(rows, drawn[alone], nearest)))
     left = drawn[query]
     needed = np.empty(len(left), np.float32)
     distance = np.sqrt(np.maximum(2 - 2 * np.minimum(cosine, threshold), 1e-12))
     table = centroids @ centroids.T
     for start, stop in spans(len(needed), 4096):
-        a = rows.at(left[start:stop]) @ centroids.T
-        b = rows.at(right[start:stop]) @ centroids.T
+        a = short.at(left[start:stop]) @ centroids.T
+        b = short.at(right[start:stop]) @ centroids.T
         i, j, here = a.argmax(axis=1), b.argmax(axis=1), np.arange(len(a))
         between = np.sqrt(np.maximum(2 - 2 * table[i, j], 1e-12))
         either = np.minimum(a[here, i] - a[here, j], b[here, j] - b[here, i]) / between
@@ -106,27 +74,42 @@ def drawn_pairs(
     return {
         "left": left,
         "right": right,
-        "is_above": cosine >= threshold - ROUNDING,
+        "is_above": np.arange(len(left)) < above,
         "needed": needed,
         "query": query,
         "queries": np.array(done),
     }
 
 
-def _some(
-    query: Integers, cosine: Floats, threshold: float, generator: np.random.Generator
-) -> NDArray[np.bool_]:
-    """Whether each pair is of the sample: PAIRS_OF_A_QUERY above the threshold at most, at random, or else the nearest.
+def _is_enough(pairs: int, recall: float) -> bool:
+    """Whether so many pairs, were all of them found, would say that the recall is the wanted one."""
+    return bool(lower_bounds(np.array([pairs]), pairs)[0] >= recall)
 
-    Pairs of a query that are below the threshold are those nearest to it in each block.
-    """
-    above = cosine >= threshold - ROUNDING
-    order = np.lexsort((generator.random(len(query)), np.where(above, 0, -cosine), ~above, query))
+
+def _pairs_above(
+    rows: Rows, codes: Codes, queries: Integers, threshold: float, resources: Resources
+) -> tuple[Integers, Integers, Floats]:
+    """Pairs of some rows with all others: place among the rows, other row, cosine."""
+    context = _Queries(rows, codes, queries, threshold)
+    held = 24 * ROOM + 8 * LOOKED_AT * rows.shape[1]
+    found = resources.map(_compare_block, context, spans(len(rows), LARGEST_BLOCK), held)
+    place, other, cosine = (np.concatenate(column) for column in zip(*found, strict=True))
+    return place, other, cosine
+
+
+def _some(query: Integers, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """Whether each pair is of the sample: PAIRS_OF_A_QUERY of a query at most, at random."""
+    order = np.lexsort((generator.random(len(query)), query))
     _, starts, counts = np.unique(query[order], return_index=True, return_counts=True)
-    rank = np.arange(len(order)) - np.repeat(starts, counts)
     kept = np.zeros(len(query), bool)
-    kept[order] = (rank < PAIRS_OF_A_QUERY) & above[order] | (rank == 0)
+    kept[order] = np.arange(len(order)) - np.repeat(starts, counts) < PAIRS_OF_A_QUERY
     return kept
+
+
+def _nearest_others(short: Rows, queries: Integers, resources: Resources) -> Integers:
+    """The row nearest to each of some rows that is not itself."""
+    two = by_brute_force(short, Rows(short.at(queries), is_ready=True), 2, -2.0, resources).rows_Qk
+    return np.where(two[:, 0] == queries, two[:, 1], two[:, 0])
 
 
 def chosen_margin(sample: dict[str, NDArray[Any]], recall: float) -> float:
@@ -140,7 +123,7 @@ def chosen_margin(sample: dict[str, NDArray[Any]], recall: float) -> float:
     needed = sample["needed"][chooses & sample["is_above"]]
     if recall == 1 or not chooses.any():
         return EXACT
-    if lower_bounds(np.array([len(needed)]), len(needed))[0] < recall:
+    if not _is_enough(len(needed), recall):
         needed = sample["needed"][chooses]
     needed = np.sort(needed)[::-1]
     missed = np.arange(len(needed))
@@ -163,35 +146,22 @@ def measured_recall(cells: Cells, sample: dict[str, NDArray[Any]]) -> Recall:
 @dataclass(frozen=True)
 class _Queries:
     rows: Rows
-    exact: Rows | None
+    codes: Codes
     numbers_Q: Integers
-    queries_QD: Floats
     threshold: float
 
 
-def _search_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers, Floats]:
-    """Pairs of queries with a block of rows, above the threshold and the nearest: number, row and cosine."""
-    block = context.rows.between(*span)
+def _compare_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, Integers, Floats]:
+    """Pairs of queries with a block of rows: place among the queries, row and cosine."""
+    columns = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    queries = context.numbers_Q
+    for row, place in context.codes.near(np.arange(*span), queries, context.threshold):
+        row = row + span[0]
+        other = row != queries[place]
+        row, place = row[other], place[other]
+        cosine = cosines_of(context.rows, queries[place], row)
+        above = cosine >= context.threshold - ROUNDING
+        columns.append((place[above], row[above], cosine[above]))
     context.rows.release()
-    rows, numbers, count = context.exact or context.rows, context.numbers_Q, len(context.queries_QD)
-    columns = []
-    room = Room(TILE * SEARCHED)
-    for start, stop in spans(count, SEARCHED):
-        top, best = np.full(stop - start, span[0]), np.full(stop - start, -np.inf, np.float32)
-        inside = np.flatnonzero((numbers[start:stop] >= span[0]) & (numbers[start:stop] < span[1]))
-        for first, last in spans(len(block), TILE):
-            bounds = room.product(context.queries_QD[start:stop], block[first:last])
-            place = numbers[start:stop][inside] - span[0] - first
-            here = (place >= 0) & (place < last - first)
-            bounds[inside[here], place[here]] = -2
-            row = bounds.argmax(axis=1)
-            value = bounds[np.arange(stop - start), row]
-            top, best = np.where(value > best, row + first + span[0], top), np.maximum(value, best)
-            query, row = room.above(context.threshold)
-            columns.append((query + start, row + first + span[0]))
-        lower = np.flatnonzero(best < context.threshold - SLACK)
-        columns.append((lower + start, top[lower]))
-    query, row = (np.concatenate(column) for column in zip(*columns, strict=True))
-    cosine = cosines_of(rows, numbers[query], row)
-    rows.release()
-    return query, row, cosine
+    places, rows, cosines = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return places, rows, cosines

@@ -19,28 +19,23 @@ from numpy.typing import NDArray
 
 from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
-from unlabeled.curate.cells import FEW, TILE, Cells, cell_count, check_memory, find_centroids, lay_out
+from unlabeled.curate.brute_force import Best, Nearest, by_brute_force, search
+from unlabeled.curate.cells import (
+    FEW,
+    TILE,
+    Cells,
+    cell_count,
+    check_memory,
+    find_centroids,
+    lay_out,
+    stored_by_cell,
+)
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.margin import Recall, lower_bounds
 from unlabeled.curate.products import ROUNDING
+from unlabeled.curate.recall import Recall, lower_bounds
 from unlabeled.errors import UserError
 
 SAMPLE = 1024  # queries: the first half chooses the number of probes, the second measures
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """Neighbours of queries.
-
-    Attributes:
-        rows_Qk: int64, nearest first; -1 where there is none.
-        cosines_Qk: float32; -inf where there is none.
-        recall: of them, on a sample; of all where all were compared.
-    """
-
-    rows_Qk: Integers
-    cosines_Qk: Floats
-    recall: Recall
 
 
 def nearest_rows(
@@ -85,74 +80,6 @@ def nearest_rows(
         return _in_cells(rows, others, k, above, recall, folder, resources)
 
 
-def by_brute_force(rows: Rows, queries: Rows, k: int, above: float, resources: Resources) -> Nearest:
-    """Compare each query with all rows."""
-    size = resources.block_rows(4 * rows.shape[1])
-    items = [(one, other) for one in spans(len(queries), 8192) for other in spans(len(rows), size)]
-    held = 4 * rows.shape[1] * (size + 8192) + 12 * 8192 * (TILE + k)
-    best = _Best(len(queries), k)
-    for found in resources.map(_compare, (rows, queries, k, above), items, held):
-        best.add(*found)
-    return best.sorted()
-
-
-class _Best:
-    """The k best rows of each query so far."""
-
-    def __init__(self, count: int, k: int) -> None:
-        self.rows = np.full((count, k), -1, np.int64)
-        self.cosines = np.full((count, k), -np.inf, np.float32)
-
-    def add(self, queries: Integers, rows: Integers, cosines: Floats) -> None:
-        """Offer rows (n, m) with cosines (n, m) to the queries (n,), each of them once."""
-        k = self.rows.shape[1]
-        cosines = np.concatenate((self.cosines[queries], cosines), axis=1)
-        rows = np.concatenate((self.rows[queries], rows), axis=1)
-        self.rows[queries], self.cosines[queries] = _top(rows, cosines, k)
-
-    def sorted(self) -> Nearest:
-        """Nearest first, the smaller row of equal ones."""
-        order = np.lexsort((self.rows, -self.cosines), axis=1)
-        rows = np.take_along_axis(self.rows, order, 1)
-        return Nearest(rows, np.take_along_axis(self.cosines, order, 1), Recall(0, 0, 0))
-
-
-def _top(rows: Integers, cosines: Floats, k: int) -> tuple[Integers, Floats]:
-    if cosines.shape[1] <= k:
-        return rows, cosines
-    top = cosines.argmax(axis=1)[:, None] if k == 1 else np.argpartition(-cosines, k - 1, axis=1)[:, :k]
-    return np.take_along_axis(rows, top, 1), np.take_along_axis(cosines, top, 1)
-
-
-def _search(block_nD: Floats, targets_mD: Floats, k: int, above: float) -> tuple[Integers, Floats]:
-    """Places in targets and cosines of the k best, (n, k or m if that is less); -1 and -inf for those below `above`."""
-    found, best = [], []
-    for first, last in spans(len(block_nD), TILE):
-        rows = np.empty((last - first, 0), np.int64)
-        cosines = np.empty((last - first, 0), np.float32)
-        for start, stop in spans(len(targets_mD), TILE):
-            scores = block_nD[first:last] @ targets_mD[start:stop].T
-            places, values = _top(np.broadcast_to(np.arange(start, stop), scores.shape), scores, k)
-            rows, cosines = _top(
-                np.concatenate((rows, places), axis=1), np.concatenate((cosines, values), axis=1), k
-            )
-        low = cosines < above - ROUNDING
-        found.append(np.where(low, -1, rows))
-        best.append(np.where(low, np.float32(-np.inf), cosines))
-    return np.concatenate(found), np.concatenate(best)
-
-
-def _compare(
-    context: tuple[Rows, Rows, int, float], item: tuple[tuple[int, int], tuple[int, int]]
-) -> tuple[Integers, Integers, Floats]:
-    rows, queries, k, above = context
-    (first, last), (start, stop) = item
-    places, cosines = _search(queries.between(first, last), rows.between(start, stop), k, above)
-    rows.release()
-    queries.release()
-    return np.arange(first, last), np.where(places < 0, -1, places + start), cosines
-
-
 def _in_cells(
     rows: Rows, queries: Rows, k: int, above: float, recall: float, folder: Path, resources: Resources
 ) -> Nearest:
@@ -174,10 +101,12 @@ def _in_cells(
     order = np.argsort(probes_Qp.ravel(), kind="stable")
     ends = np.cumsum(np.bincount(probes_Qp.ravel(), minlength=len(centroids)))
     starts = np.concatenate(([0], ends))
-    context = _InCells(cells, queries, order // chosen["probes"], starts, k, above, folder)
-    held = cells.task_bytes
+    stored = stored_by_cell(rows, cells, folder, resources)
+    context = _InCells(cells, stored, queries, order // chosen["probes"], starts, k, above, folder)
+    largest = min(FEW, int(np.diff(cells.starts).max(initial=0)))
+    held = 12 * TILE * TILE + 8 * rows.shape[1] * (largest + TILE)
     files = resources.written(_search_cells, context, folder, "nearest-{:06d}.npz", cells.tasks, held)
-    best = _Best(len(queries), k)
+    best = Best(len(queries), k)
     for file in files:
         part = load_arrays(file)
         for number in range(int(part["count"])):
@@ -247,6 +176,7 @@ class _InCells:
     """What a task needs; starts: where the queries of each cell begin in `probing`."""
 
     cells: Cells
+    stored: Rows
     queries: Rows
     probing: Integers
     starts: Integers
@@ -263,7 +193,7 @@ def _search_cells(context: _InCells, item: tuple[int, tuple[int, int]]) -> None:
     for queries, rows, cosines in _cell_results(context, span):
         written |= {f"queries{count}": queries, f"rows{count}": rows, f"cosines{count}": cosines}
         count += 1
-    context.cells.stored.release()
+    context.stored.release()
     context.queries.release()
     save_arrays(context.folder / f"nearest-{number:06d}.npz", count=count, **written)
 
@@ -274,10 +204,10 @@ def _cell_results(context: _InCells, span: tuple[int, int]) -> Iterator[tuple[In
         begin, end = cells.starts[cell : cell + 2].tolist()
         probing = context.probing[context.starts[cell] : context.starts[cell + 1]]
         for first, last in spans(end - begin, FEW):
-            targets = cells.stored.between(begin + first, begin + last)
+            targets = context.stored.between(begin + first, begin + last)
             for start, stop in spans(len(probing), TILE):
                 queries = probing[start:stop]
-                places, cosines = _search(context.queries.at(queries), targets, context.k, context.above)
+                places, cosines = search(context.queries.at(queries), targets, context.k, context.above)
                 some = (places >= 0).any(axis=1)
                 rows = np.where(places < 0, -1, cells.order_N[begin + first + places])
                 yield queries[some], rows[some], cosines[some]

@@ -7,8 +7,9 @@ nearer than a share of that: with a share of 1/2 every pair is found; the differ
 directions, so a far smaller one finds nearly all. The share is chosen on a sample by the recall that is wanted, and
 the recall is measured on another sample against brute force.
 
-All this is done with short sketches of the vectors, whose cosines are upper bounds (`unlabeled.curate.sketch`); the
-pairs that are near by their sketches are then looked at in full.
+All this is done with short sketches of the vectors, whose cosines are upper bounds (`unlabeled.curate.sketch`), and
+the comparing with small integers in place of those (`unlabeled.curate.codes`); pairs that are near by these are looked
+at in full.
 
 Shape suffixes: N vectors, D width, K cells, n rows of a block, P pairs.
 """
@@ -27,10 +28,12 @@ import numpy as np
 from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
 from unlabeled.curate.cells import FEW, TILE, Cells, check_memory, find_centroids, lay_out
+from unlabeled.curate.codes import ROOM, Codes, coded
 from unlabeled.curate.components import UnionFind, forest
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.margin import Recall, chosen_margin, drawn_pairs, measured_recall
-from unlabeled.curate.products import LOOKED_AT, ROUNDING, Room, cosines_of
+from unlabeled.curate.margin import chosen_margin, drawn_pairs, measured_recall
+from unlabeled.curate.products import LOOKED_AT, ROUNDING, cosines_of
+from unlabeled.curate.recall import Recall
 from unlabeled.curate.sketch import sketched
 from unlabeled.errors import UserError
 
@@ -54,18 +57,25 @@ class Join:
     """A matrix laid out by cells, ready to be joined with itself.
 
     Attributes:
+        rows: of it, in full.
         cells: of it.
+        codes: of the rows, or of sketches of them.
         threshold: cosine.
         recall: of the pairs above it.
         margin: share of the distance within which a cell is probed.
-        exact: the vectors in full, where the cells hold sketches of them.
     """
 
+    rows: Rows
     cells: Cells
-    exact: Rows | None
+    codes: Codes
     threshold: float
     recall: Recall
     margin: float
+
+    @property
+    def task_bytes(self) -> int:
+        """Bytes that a task holds."""
+        return 8 * LOOKED_AT * self.rows.shape[1] + 32 * JOINED + 24 * ROOM
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ def pairs_above(
     Raises UserError for a threshold that is out of range or vectors that are not finite.
     """
     with prepared(vectors, threshold, recall, resources) as (join, _):
-        yield from resources.map(_join_cells, join, join.cells.tasks, join.cells.task_bytes)
+        yield from resources.map(_join_cells, join, join.cells.tasks, join.task_bytes)
 
 
 def components(
@@ -107,8 +117,8 @@ def components(
     if not len(vectors):
         return Components(np.empty(0, np.int64), 0, 0, Recall(0, 0, 0))
     with prepared(vectors, threshold, recall, resources) as (join, folder):
-        tasks, held = join.cells.tasks, join.cells.task_bytes
         name = "connected-{:06d}.npz"
+        tasks, held = join.cells.tasks, join.task_bytes
         files = resources.written(_connect_cells, (join, folder), folder, name, tasks, held)
         sets, pairs = UnionFind(len(vectors)), 0
         for file in files:
@@ -138,11 +148,12 @@ def prepared(
     }
     with resources.folder("neighbours", identity) as folder:
         short = sketched(rows, threshold, folder, resources) if len(rows) > FEW else None
-        near, exact = (rows, None) if short is None else (short, rows)
+        near = rows if short is None else short
+        codes = coded(near, recall == 1, folder, resources)
         centroids = _apart(find_centroids(near, folder, resources), threshold)
         file, sample_file = folder / "margin.json", folder / "sample.npz"
         if not file.is_file():
-            sample = drawn_pairs(near, exact, centroids, threshold, resources)
+            sample = drawn_pairs(rows, near, codes, centroids, threshold, recall, resources)
             save_arrays(sample_file, **sample)
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps({"margin": chosen_margin(sample, recall)}))
@@ -150,7 +161,7 @@ def prepared(
         reach = margin * float(np.sqrt(2 - 2 * threshold))
         cells = lay_out(near, centroids, reach, folder, resources)
         measured = measured_recall(cells, load_arrays(sample_file))
-        yield Join(cells, exact, threshold, measured, margin), folder
+        yield Join(rows, cells, codes, threshold, measured, margin), folder
 
 
 def _apart(centroids_KD: Floats, threshold: float) -> Floats:
@@ -169,7 +180,7 @@ def _apart(centroids_KD: Floats, threshold: float) -> Floats:
 def _join_cells(join: Join, span: tuple[int, int]) -> Pairs:
     """All pairs of rows that some cells have."""
     found = [pairs for cell in range(*span) for pairs in _cell_pairs(join, cell)]
-    _release(join)
+    join.rows.release()
     if not found:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     left, right, cosines = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -198,15 +209,9 @@ def _connect_cells(context: tuple[Join, Path], item: tuple[int, tuple[int, int]]
             if held > JOINED:
                 left, right = ([part] for part in forest(np.concatenate(left), np.concatenate(right)))
                 held = 0
-    _release(join)
+    join.rows.release()
     fewest = forest(np.concatenate(left), np.concatenate(right))
     save_arrays(folder / f"connected-{number:06d}.npz", left=fewest[0], right=fewest[1], count=count)
-
-
-def _release(join: Join) -> None:
-    join.cells.stored.release()
-    if join.exact:
-        join.exact.release()
 
 
 def _balls(join: Join, cell: int) -> Integers:
@@ -220,8 +225,7 @@ def _balls(join: Join, cell: int) -> Integers:
     balls = np.full(end - begin, -1, np.int64)
     if len(balls) <= 2 * TILE:
         return balls
-    rows = join.exact or cells.stored
-    members = cells.order_N[begin:end] if join.exact else np.arange(begin, end)
+    rows, members = join.rows, cells.order_N[begin:end]
     half = float(np.sqrt((1 + join.threshold) / 2))  # cos(a / 2) from cos(a)
     generator = np.random.default_rng([cell, len(members)])
     number = 0
@@ -261,39 +265,32 @@ def _cell_pairs(join: Join, cell: int, balls: Integers | None = None) -> Iterato
 def _in_full(join: Join, columns: list[tuple[Integers, Integers]]) -> Pairs:
     """Those of some pairs of stored rows that are above the threshold in full."""
     left, right = (np.concatenate(column) for column in zip(*columns, strict=True))
-    if join.exact:
-        order = join.cells.order_N
-        cosines = cosines_of(join.exact, order[left], order[right])
-    else:
-        cosines = cosines_of(join.cells.stored, left, right)
+    order = join.cells.order_N
+    cosines = cosines_of(join.rows, order[left], order[right])
     above = cosines >= join.threshold - ROUNDING
     return Pairs(left[above], right[above], cosines[above])
 
 
 def _near_pairs(join: Join, cell: int, balls: Integers | None) -> Iterator[tuple[Integers, Integers]]:
-    """Give pairs whose products of stored rows are above the threshold, each once; see `_cell_pairs`."""
-    cells, stored = join.cells, join.cells.stored
+    """Give pairs of stored rows whose codes are above the threshold, each once; see `_cell_pairs`."""
+    cells, codes, order = join.cells, join.codes, join.cells.order_N
     begin, end = cells.starts[cell : cell + 2].tolist()
     members = np.arange(begin, end)
     ball = np.full(len(members), -1, np.int64) if balls is None else np.sort(balls)
     if balls is not None:
         members = members[np.argsort(balls, kind="stable")]
-    probing = cells.probing(cell)
-    room = Room(TILE * min(TILE, len(members)))
+    rows = order[members]
     for first, last in spans(len(members), TILE):
-        targets = stored.at(members[first:last])
         for start, stop in spans(last, TILE):
             if ball[start] >= 0 and ball[start] == ball[last - 1]:
                 continue  # all of one ball, as they are sorted by it
-            room.product(targets if start == first else stored.at(members[start:stop]), targets)
-            left, right = room.above(join.threshold)
-            left, right = left + start, right + first
-            once = (left < right) & ((ball[left] < 0) | (ball[left] != ball[right]))
-            yield members[left[once]], members[right[once]]
-        for start, stop in spans(len(probing), TILE):
-            room.product(stored.at(probing[start:stop]), targets)
-            left, right = room.above(join.threshold)
-            a, b = probing[left + start], members[right + first]
-            # Where each probes the cell of the other, the pair comes up twice.
-            once = (a < b) | ~cells.has_probe(b, cells.cells_N[a])
-            yield a[once], b[once]
+            for left, right in codes.near(rows[start:stop], rows[first:last], join.threshold):
+                left, right = left + start, right + first
+                once = (left < right) & ((ball[left] < 0) | (ball[left] != ball[right]))
+                yield members[left[once]], members[right[once]]
+    probing = cells.probing(cell)
+    for left, right in codes.near(order[probing], rows, join.threshold):
+        a, b = probing[left], members[right]
+        # Where each probes the cell of the other, the pair comes up twice.
+        once = (a < b) | ~cells.has_probe(b, cells.cells_N[a])
+        yield a[once], b[once]

@@ -13,8 +13,8 @@ import numpy as np
 from unlabeled.curate.blocks import Floats, Integers, Resources
 from unlabeled.curate.hierarchy import Level
 from unlabeled.curate.kmeans import NO_LIMITS, Clusters, assign
-from unlabeled.curate.margin import Recall
 from unlabeled.curate.nearest import nearest_rows
+from unlabeled.curate.recall import Recall
 from unlabeled.errors import UserError
 
 
