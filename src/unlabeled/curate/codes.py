@@ -45,6 +45,10 @@ class Codes:
     inverse_N: Floats
     slack: float
 
+    def taken(self, order_N: Integers) -> Codes:
+        """Return the same in another order of the rows."""
+        return Codes(self.codes_NW[order_N], self.inverse_N[order_N], self.slack)
+
     def near(
         self, queries_Q: Integers, targets_T: Integers, threshold: float
     ) -> Iterator[tuple[Integers, Integers]]:

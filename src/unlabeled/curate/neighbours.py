@@ -59,7 +59,7 @@ class Join:
     Attributes:
         rows: of it, in full.
         cells: of it.
-        codes: of the rows, or of sketches of them.
+        codes: of the rows, or of sketches of them, by cell.
         threshold: cosine.
         recall: of the pairs above it.
         margin: share of the distance within which a cell is probed.
@@ -160,6 +160,9 @@ def prepared(
         margin = json.loads(file.read_text())["margin"]
         reach = margin * float(np.sqrt(2 - 2 * threshold))
         cells = lay_out(near, centroids, reach, folder, resources)
+        codes = codes.taken(
+            cells.order_N
+        )  # rows that probe a cell lie together: a fourth faster than anywhere
         measured = measured_recall(cells, load_arrays(sample_file))
         yield Join(rows, cells, codes, threshold, measured, margin), folder
 
@@ -273,23 +276,22 @@ def _in_full(join: Join, columns: list[tuple[Integers, Integers]]) -> Pairs:
 
 def _near_pairs(join: Join, cell: int, balls: Integers | None) -> Iterator[tuple[Integers, Integers]]:
     """Give pairs of stored rows whose codes are above the threshold, each once; see `_cell_pairs`."""
-    cells, codes, order = join.cells, join.codes, join.cells.order_N
+    cells, codes = join.cells, join.codes
     begin, end = cells.starts[cell : cell + 2].tolist()
     members = np.arange(begin, end)
     ball = np.full(len(members), -1, np.int64) if balls is None else np.sort(balls)
     if balls is not None:
         members = members[np.argsort(balls, kind="stable")]
-    rows = order[members]
     for first, last in spans(len(members), TILE):
         for start, stop in spans(last, TILE):
             if ball[start] >= 0 and ball[start] == ball[last - 1]:
                 continue  # all of one ball, as they are sorted by it
-            for left, right in codes.near(rows[start:stop], rows[first:last], join.threshold):
+            for left, right in codes.near(members[start:stop], members[first:last], join.threshold):
                 left, right = left + start, right + first
                 once = (left < right) & ((ball[left] < 0) | (ball[left] != ball[right]))
                 yield members[left[once]], members[right[once]]
     probing = cells.probing(cell)
-    for left, right in codes.near(order[probing], rows, join.threshold):
+    for left, right in codes.near(probing, members, join.threshold):
         a, b = probing[left], members[right]
         # Where each probes the cell of the other, the pair comes up twice.
         once = (a < b) | ~cells.has_probe(b, cells.cells_N[a])
