@@ -48,7 +48,7 @@ class Dying(RayExecutor):
         self.folder = folder
 
     def map(self, function, context, items):
-        if function.__name__ not in ("_store_block", "_connect_cells"):
+        if function.__name__ not in ("_assign_block", "_connect_cells"):
             return super().map(function, context, items)
         return super().map(dies_once, (function, context, self.folder / function.__name__), items)
 
@@ -63,7 +63,7 @@ def test_the_same_near_duplicates_with_workers_killed(tmp_path):
     assert (here.representative_N == there.representative_N).all()
     assert (here.similarity_N == there.similarity_N).all()
     assert (here.recall, here.pairs) == (there.recall, there.pairs)
-    assert (tmp_path / "_store_block").exists() and (tmp_path / "_connect_cells").exists()
+    assert (tmp_path / "_assign_block").exists() and (tmp_path / "_connect_cells").exists()
 
 
 def test_the_same_clusters_neighbours_and_whitening():

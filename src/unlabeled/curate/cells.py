@@ -34,7 +34,7 @@ TRAINED_ON = 32  # vectors for each cell that the centroids are found with
 ITERATIONS = 6  # of finding them
 CELLS_OF_A_TASK = 8
 LEAST_MEMORY = 1 << 27
-BYTES_OF_A_ROW = 1000  # in memory for each vector, whatever its width: numbers, cell, set, some 50 probes
+BYTES_OF_A_ROW = 500  # in memory for each vector: numbers, cell, set, some 50 probes; codes are beside them
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import numpy as np
 
 from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
-from unlabeled.curate.cells import FEW, TILE, Cells, check_memory, find_centroids, lay_out
+from unlabeled.curate.cells import BYTES_OF_A_ROW, FEW, TILE, Cells, check_memory, find_centroids, lay_out
 from unlabeled.curate.codes import ROOM, Codes, coded
 from unlabeled.curate.components import UnionFind, forest
 from unlabeled.curate.kmeans import NO_LIMITS
@@ -138,7 +138,7 @@ def prepared(
     if not 0 < recall <= 1:
         raise UserError(f"A recall is above 0 and up to 1, not {recall:g}.")
     rows = Rows(vectors)
-    check_memory(len(rows), resources)
+    check_memory(len(rows), resources, BYTES_OF_A_ROW + rows.shape[1])
     identity = {
         "rows": rows.fingerprint(),
         "threshold": float(threshold),
