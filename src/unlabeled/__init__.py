@@ -62,6 +62,10 @@ _PACKAGES = ("curate", "evaluate", "finetune", "pretrain")
 __all__ = ["__version__", "curate", "evaluate", "finetune", "pretrain", *_PLACES]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)

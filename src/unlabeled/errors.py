@@ -17,7 +17,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+        reason = error.strerror or f"{error}; is the disk full?"  # NumPy says only how much it wrote
+        raise UserError(f"{path} cannot be written: {reason}") from error
 
 
 @contextmanager

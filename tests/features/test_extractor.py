@@ -113,6 +113,12 @@ def test_every_form_of_an_image_gives_the_same(
     np.testing.assert_allclose(found, np.tile(expected, (5, 1)), atol=1e-5)
     assert extractor(np.stack((photograph, photograph))).shape == (2, 48)
     assert extractor([path]).shape == (1, 48)
+    np.testing.assert_array_equal(extractor(form for form in forms), found)
+    with (
+        path.open("rb") as file,
+        pytest.raises(UserError, match="not BufferedReader"),
+    ):  # no generator of images
+        extractor(file)
 
 
 def test_images_of_many_shapes_come_back_in_order(model: VisionTransformer, photograph: np.ndarray) -> None:
@@ -226,7 +232,13 @@ def test_what_is_impossible_is_said_in_a_line(model: VisionTransformer, options:
 def test_images_that_are_none(model: VisionTransformer, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no")
     extractor = Extractor(model)
-    for images, message in (([], "empty"), ("nothing.jpg", "nothing.jpg"), ([tmp_path / "a.jpg"], "a.jpg")):
+    for images, message in (
+        ([], "empty"),
+        (iter([]), "empty"),
+        ("", "'' cannot be read"),
+        ("nothing.jpg", "nothing.jpg"),
+        ([tmp_path / "a.jpg"], "a.jpg"),
+    ):
         with pytest.raises(UserError, match=message):
             extractor(images)
     with pytest.raises(UserError, match="smaller than one patch"):

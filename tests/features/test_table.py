@@ -166,14 +166,17 @@ def test_bad_files_are_in_the_report_and_not_in_the_table(
     for number in (0, 8, 9, 10, 11, 12, 13, 14, 15):  # one, and a whole shard
         (folder / f"{number:02}.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     Image.fromarray(photograph[:4, :40]).save(folder / "19.png")  # less than a patch
+    (folder / "20.png").symlink_to("nowhere.png")
     table = embed(folder, saved, tmp_path / "table", shape="keep", size=32)
     assert table.keys == [f"{number:02}.png" for number in (1, 2, 3, 4, 5, 6, 7, 16, 17, 18)]
-    assert table.vectors.shape == (10, 24) and table.bad_files == 10
+    assert table.vectors.shape == (10, 24) and table.bad_files == 11
     lines = [json.loads(line) for line in (tmp_path / "table" / "bad_files.jsonl").read_text().splitlines()]
-    assert {line["key"] for line in lines} == {f"{n:02}.png" for n in (0, 8, 9, 10, 11, 12, 13, 14, 15, 19)}
+    assert {line["key"] for line in lines} == {
+        f"{n:02}.png" for n in (0, 8, 9, 10, 11, 12, 13, 14, 15, 19, 20)
+    }
     assert "smaller than one patch" in next(line["reason"] for line in lines if line["key"] == "19.png")
     again = embed(folder, saved, tmp_path / "table", shape="keep", size=32)
-    assert again.images_per_second == 0 and again.bad_files == 10
+    assert again.images_per_second == 0 and again.bad_files == 11
     assert [first for first, _, _ in again.chunks()] == [0, 7]
 
 
@@ -396,3 +399,6 @@ def test_fast_without_instructions_for_8_bits(
 def test_names_that_users_import() -> None:
     assert unlabeled.embed is embed and unlabeled.FeatureTable is table_module.FeatureTable
     assert torch.get_num_threads() >= 1
+    assert {"embed", "Extractor", "evaluate", "build_index"} <= set(
+        dir(unlabeled)
+    )  # as notebooks complete them

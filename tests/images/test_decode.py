@@ -20,6 +20,15 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(image: Image.Image) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_rgb", none)
+    with pytest.raises(BadImage, match="not enough memory"):
+        decode(encoded(Image.new("RGB", (9, 9)), "GIF"))
+
+
 def pillow(data: bytes) -> np.ndarray:
     """The reference: Pillow's conversion, upright."""
     with Image.open(io.BytesIO(data)) as image:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def run(
 def test_from_images_to_hits(run: Run, made: Path, tmp_path: Path) -> None:
     code, said, _ = run("embed", "images", "--model", "model", "--out", "$TMP/table")
     assert code == 0 and f"next: unlabeled index {tmp_path}/table --out index" in said
-    assert "22 images, cls of 24 in float32; 1 files could not be read" in said
+    assert "22 images, cls of 24 in float32; 1 file could not be read" in said
     code, said, _ = run("index", "$TMP/table", "--out", "$TMP/index")
     assert code == 0 and "22 images (22 added), exact search" in said
     assert f"next: unlabeled search IMAGE --index {tmp_path}/index" in said
@@ -94,13 +95,17 @@ def test_from_images_to_hits(run: Run, made: Path, tmp_path: Path) -> None:
     index = unlabeled.open_index(tmp_path / "index")
     expected = unlabeled.Extractor(model)("images/dog/06.png")
     assert index.search(expected, k=3) == index.search("images/dog/06.png", k=3)
+    with Image.open("images/dog/06.png") as image:
+        pixels = np.asarray(image)
+    both = index.search(np.stack((pixels, pixels[::-1])), k=3)  # a batch has a list of hits an image
+    assert both == [index.search(pixels, k=3), index.search(pixels[::-1], k=3)]
 
 
 def test_duplicates_are_listed(run: Run, tmp_path: Path) -> None:
     words = ("search", "--duplicates", "--similarity", "0.99999", "--index", "index", "--out", "$TMP/d.png")
     code, said, _ = run(*words)
     assert code == 0 and "3 images, 1.000 and more to the first:" in said
-    assert "1 groups of 3 images at a similarity of 0.99999 and more" in said
+    assert "1 group of 3 images at a similarity of 0.99999 and more" in said
     code, said, _ = run(*words, "--json")
     (group,) = json.loads(said)["groups"]
     assert sorted(group["keys"]) == ["cat/05.png", "cat/copy a.png", "cat/copy b.png"]
@@ -125,6 +130,33 @@ def test_an_index_is_changed(run: Run, made: Path, tmp_path: Path) -> None:
     assert code == 0 and "10 images (12 deleted), exact search" in said
 
 
+def test_folders_with_spaces_and_names_that_are_no_utf8(run: Run, made: Path, tmp_path: Path) -> None:
+    """What is to be typed next can be typed, and a name that a terminal has no letters for is escaped."""
+    code, said, _ = run("index", "table", "--out", "$TMP/my index")
+    assert code == 0
+    following = next(line for line in said.splitlines() if line.startswith("next: "))
+    words = shlex.split(following.removeprefix("next: ").replace("IMAGE", "images/cat/05.png"))
+    assert words[:2] == ["unlabeled", "search"]
+    assert run(*words[1:], "--out", "$TMP/hits.png")[0] == 0
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes((made / "images/cat/05.png").read_bytes())
+    words = ["-m", "unlabeled", "search", odd, "--index", "index", "--out", tmp_path / "odd.png"]
+    done = subprocess.run([sys.executable, *words], cwd=made, capture_output=True, check=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii:strict"})  # fmt: skip
+    assert b"caf\\udce9.png" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", [["info"], ["info", "--json"]])
+def test_a_full_disk_behind_the_output_is_one_line(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "unlabeled", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "unlabeled: what is printed cannot be written: No space left on device\n"
+
+
 BAD = [
     (
         "embed images --model dinov2_vits15 --out $TMP/t",
@@ -136,6 +168,10 @@ BAD = [
     ("embed images/cat/broken.png --model model --out $TMP/t", "broken.png"),
     ("embed images --model model --out table --kind mean", "kind"),
     ("embed images --model other --out table", "only features of one model can be compared"),
+    ("embed images --model model --size 0 --out $TMP/t", "no multiple of the model's patch of 8; 8 is"),
+    ("embed images --model model --size -8 --out $TMP/t", "no multiple of the model's patch of 8; 8 is"),
+    ("embed images --model model --size 80000 --out $TMP/t", "patches an image; choose 2048 at most"),
+    ("embed images --model model --size 80000 --shape keep --out $TMP/t", "choose 2048 at most"),
     ("index", "Give a feature table"),
     ("index images --out $TMP/i", "images is no feature table"),
     ("index table --out images", "images exists and is no index"),
@@ -187,6 +223,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(made: Path, tmp_path: 
     for words in (
         ["index", "table", "--out", str(tmp_path / "index")],
         ["search", "images/cat/05.png", "--index", "index", "--k", "2", "--out", str(tmp_path / "hits.png")],
+        ["embed", "images", "--model", "model", "--kind", "cls+mean", "--out", str(tmp_path / "table")],
     ):
         done = subprocess.run([sys.executable, "-m", "unlabeled", *words], cwd=made, preexec_fn=limit,
                               capture_output=True, text=True, env=environment)  # fmt: skip

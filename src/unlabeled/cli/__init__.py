@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from importlib import import_module
 
@@ -51,6 +54,9 @@ def _split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def main() -> None:
     """Run the command; an error of use is one line on standard error and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may have letters that a terminal has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments, recipe_fields = _split(sys.argv[1:])
         app(arguments, standalone_mode=False, obj=recipe_fields)
@@ -60,6 +66,14 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except UnicodeEncodeError as error:
+        sys.exit(_said(f"{error.object!a} is no UTF-8; give it another name."))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        code = _said(f"{error.filename or 'what is printed'} cannot be written: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what standard output still holds would fail once more
+        sys.exit(code)
     except Exception as error:
         # typer and click each have their own class for an error of use.
         if hasattr(error, "format_message"):

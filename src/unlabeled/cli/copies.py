@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from unlabeled.cli.curate import curate
-from unlabeled.cli.options import DataArgument, Device, Json, console, print_json
+from unlabeled.cli.options import DataArgument, Device, Json, console, print_json, say_next
 
 
 @curate.command("train-copy-detector")
@@ -46,10 +46,9 @@ def train_copy_detector(
     )  # fmt: skip
     folder = copy_detector.train_copy_detector(data, out, recipe=recipe, device=device, console=terminal)
     seen = recipe.views.size
-    terminal.print(
-        f"next: unlabeled curate duplicates {data} --model {folder} --features.size {seen} "
-        "--features.shape stretch --out curated",
-        highlight=False, soft_wrap=True,
+    say_next(
+        terminal, "unlabeled", "curate", "duplicates", data, "--model", str(folder), "--features.size", str(seen),
+        "--features.shape", "stretch", "--out", "curated",
     )  # fmt: skip
     if as_json:
         print_json({"detector": str(folder), "steps": recipe.steps, "size": seen})

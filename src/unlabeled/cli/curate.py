@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from unlabeled.cli.options import DataArgument, Device, Json, Ray, app, console, print_json
+from unlabeled.cli.options import DataArgument, Device, Json, Ray, app, console, print_json, say_next
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,7 +141,7 @@ def collect_command(
     )
     for reason, count in list(found.failures.items())[:8]:
         _say(terminal, f"    {count:,} {reason}")
-    _say(terminal, f"next: unlabeled curate {found.path} --out curated")
+    say_next(terminal, "unlabeled", "curate", str(found.path), "--out", "curated")
     if as_json:
         print_json(
             {"out": str(found.path), "urls": found.urls, "fetched": found.fetched, "failures": found.failures}
@@ -171,7 +171,7 @@ def _run(context: typer.Context, as_json: bool, data: str, out: str, **options: 
     done: Curated = run_curate(data, out, overrides=context.obj, console=terminal, **options)
     _print_counts(terminal, done.counts)
     _say(terminal, f"report: {done.report}")
-    _say(terminal, f"next: unlabeled pretrain {done.path} --out runs/curated")
+    say_next(terminal, "unlabeled", "pretrain", str(done.path), "--out", "runs/curated")
     if as_json:
         print_json(
             {

@@ -18,6 +18,7 @@ from unlabeled.cli.options import (
     app,
     console,
     print_json,
+    say_next,
 )
 
 
@@ -69,12 +70,14 @@ def embed(
         "dimension": table.dimension,
     }
     said = f"{table.path}: {count:,} images, {kind} of {table.dimension} in {table.dtype}"
-    said += f"; {bad} files could not be read, see {table.path / 'bad_files.jsonl'}" if bad else ""
+    said += (
+        f"; {bad} file{'s' * (bad > 1)} could not be read, see {table.path / 'bad_files.jsonl'}"
+        if bad
+        else ""
+    )
     terminal.print(said, highlight=False, markup=False, soft_wrap=True)
     if not table.is_grid:
-        terminal.print(
-            f"next: unlabeled index {table.path} --out index", highlight=False, markup=False, soft_wrap=True
-        )
+        say_next(terminal, "unlabeled", "index", str(table.path), "--out", "index")
     if as_json:
         print_json(result)
 

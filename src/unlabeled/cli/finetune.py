@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlabeled.cli.options import DataArgument, Device, Json, app, console, print_json
+from unlabeled.cli.options import DataArgument, Device, Json, app, console, print_json, say_next
 from unlabeled.errors import UserError
 
 
@@ -79,9 +79,9 @@ def finetune(
         result["cache"] = made.saved
     if made.bad_files:
         said.append(f"{made.bad_files} images could not be used: {made.path / 'bad_files.jsonl'}")
-    said.append(f"next: unlabeled predict DATA --head {made.path} --out predictions")
     for line in said:
         terminal.print(line, highlight=False, markup=False, soft_wrap=True)
+    say_next(terminal, "unlabeled", "predict", "DATA", "--head", str(made.path), "--out", "predictions")
     if as_json:
         print_json(result)
 

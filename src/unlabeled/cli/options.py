@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +48,11 @@ def console(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json)
+
+
+def say_next(terminal: Console, *words: str) -> None:
+    """Print the command to type next, so that a shell takes it as it is, folders with spaces included."""
+    terminal.print(f"next: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from unlabeled.cli.options import Json, app, console, print_json
+from unlabeled.cli.options import Json, app, console, print_json, say_next
 
 
 @app.command()
@@ -35,7 +35,17 @@ def scenes(
     )
     said = f"{made.out}: {made.train:,} training and {made.test:,} test images, {made.images_per_second:.1f} images/s"
     terminal.print(said, highlight=False, markup=False, soft_wrap=True)
-    follow = f"next: unlabeled finetune {made.out}/train --task depth --model MODEL --out runs/depth"
-    terminal.print(follow, highlight=False, markup=False, soft_wrap=True)
+    say_next(
+        terminal,
+        "unlabeled",
+        "finetune",
+        f"{made.out}/train",
+        "--task",
+        "depth",
+        "--model",
+        "MODEL",
+        "--out",
+        "runs/depth",
+    )
     if as_json:
         print_json(made._asdict() | {"out": str(made.out), "seconds": round(made.seconds, 2)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unlabeled.cli.options import Device, Json, app, console, print_json
+from unlabeled.cli.options import Device, Json, app, console, print_json, say_next
 from unlabeled.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def index_command(
         for bar in bars:
             bar.__exit__()
     _say(terminal, _described(built, result))
-    _say(terminal, f"next: unlabeled search IMAGE --index {out}")
+    say_next(terminal, "unlabeled", "search", "IMAGE", "--index", out)
     if as_json:
         print_json({"images": len(built), "kind": built.kind, "recall": built.recall, "index": out, **result})
 
@@ -189,7 +189,8 @@ def _duplicates(
             _say(terminal, f"    and {len(group.keys) - GROUPS_SHOWN} more")
     if len(groups) > GROUPS_SHOWN:
         _say(terminal, f"and {len(groups) - GROUPS_SHOWN} groups more; --json lists all")
-    _say(terminal, f"{len(groups):,} groups of {count:,} images at a similarity of {similarity:g} and more")
+    counted = f"{len(groups):,} group{'s' * (len(groups) != 1)}"
+    _say(terminal, f"{counted} of {count:,} images at a similarity of {similarity:g} and more")
     if groups:
         unread = write_groups(Path(out), index, groups)
         _say(

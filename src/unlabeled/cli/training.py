@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unlabeled.cli.options import DataArgument, Device, Json, app, console, print_json
+from unlabeled.cli.options import DataArgument, Device, Json, app, console, print_json, say_next
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,9 +85,10 @@ def _report(run: Run, terminal: Console, as_json: bool) -> None:
     rows = run.metrics
     pictures = write_pictures(run.path)
     terminal.print(
-        f"pictures: {run.path / 'pictures'} ({', '.join(path.name for path in pictures)})", highlight=False
-    )
-    terminal.print(f"next: unlabeled info {run.path}", highlight=False)
+        f"pictures: {run.path / 'pictures'} ({', '.join(path.name for path in pictures)})",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    say_next(terminal, "unlabeled", "info", str(run.path))
     if as_json:
         speeds = sorted(row["images_per_second"] for row in rows)
         result: dict[str, Any] = {

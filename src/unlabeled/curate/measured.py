@@ -23,6 +23,7 @@ from unlabeled.curate.hashes import perceptual_hash
 from unlabeled.curate.quality import SHORT_SIDE, Measures, measure, shrunk_grey
 from unlabeled.errors import UserError, writing
 from unlabeled.features.table import content_hash
+from unlabeled.images.bad_files import name_of
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.headers import jpeg_header
 from unlabeled.images.sources import Source, open_source
@@ -145,7 +146,7 @@ def measured(source: Source, index: int, scorer: Scorer | None = None) -> Measur
     try:
         sample = source.read(index)
     except OSError as error:
-        return Measured(index, f"image {index}", bad=f"unreadable: {error}")
+        return Measured(index, name_of(source, index), bad=f"unreadable: {error}")
     names = source.class_names
     label = None if sample.label is None else names[sample.label] if names else str(sample.label)
     row = Measured(index, sample.key, label, len(sample.data), content_hash(sample.data))

@@ -17,7 +17,7 @@ from unlabeled.dense.mask_pictures import Shown, draw_masks, overlay
 from unlabeled.dense.masks import OBJECT
 from unlabeled.dense.reference import Prototypes, References, Segmentation
 from unlabeled.errors import UserError, writing
-from unlabeled.images.bad_files import BadFiles
+from unlabeled.images.bad_files import BadFiles, name_of
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
 from unlabeled.images.sources import Source, open_source
 from unlabeled.progress import Progress
@@ -171,7 +171,7 @@ def _read(sources: Sequence[Source]) -> Iterator[tuple[str, NDArray[np.uint8] | 
     """The key of each image, and its pixels or why there are none."""
     for source in sources:
         for index in range(len(source)):
-            key = f"image {index}"
+            key = name_of(source, index)
             try:
                 sample = source.read(index)
                 key = sample.key

@@ -24,7 +24,7 @@ from unlabeled.features.extractor import Extractor, Kind
 from unlabeled.features.identity import check_same
 from unlabeled.features.preprocessing import Shape
 from unlabeled.features.table import FORMAT, GRID_SCHEMA, SCHEMA, FeatureTable, content_hash, read_header
-from unlabeled.images.bad_files import BadFiles
+from unlabeled.images.bad_files import BadFiles, name_of
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
 from unlabeled.images.sources import Source, lasting, open_source
 from unlabeled.progress import Progress
@@ -292,7 +292,7 @@ def _load(source: Source, index: int, extractor: Extractor) -> Loaded:
     try:
         sample = source.read(index)
     except OSError as error:
-        return Loaded(index, f"image {index}", reason=f"unreadable: {error}")
+        return Loaded(index, name_of(source, index), reason=f"unreadable: {error}")
     try:
         pixels = decode(sample.data)
         prepared = extractor.prepare(pixels)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unlabeled.errors import UserError
+from unlabeled.images.bad_files import name_of
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.transform import evaluation_transform, normalize
 
@@ -141,7 +142,7 @@ def _batches(
         try:
             sample = source.read(int(index))
         except OSError as error:
-            bad.append((f"image {index}", f"unreadable: {error}"))
+            bad.append((name_of(source, int(index)), f"unreadable: {error}"))
             continue
         try:
             pixels = decode(sample.data)

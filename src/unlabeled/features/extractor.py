@@ -6,7 +6,7 @@ Shape suffixes: B images of a batch, D width of the features, h w patches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from unlabeled.features.engines import bf16_engine, exact_engine, int8_engine, l
 from unlabeled.features.extract import features_of
 from unlabeled.features.fitting import check_layer
 from unlabeled.features.identity import check_same
-from unlabeled.features.inputs import ImageLike, as_pixels
+from unlabeled.features.inputs import ImageLike, are_several, as_pixels
 from unlabeled.features.preprocessing import Shape, default_preprocessing
 from unlabeled.images.transform import normalize
 from unlabeled.vit import VisionTransformer
@@ -155,28 +155,26 @@ class Extractor:
     @overload
     def __call__(self, images: ImageLike) -> Features: ...
     @overload
-    def __call__(self, images: Sequence[ImageLike]) -> Features | list[Features]: ...
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Features | list[Features]:
+    def __call__(self, images: Iterable[ImageLike]) -> Features | list[Features]: ...
+    def __call__(self, images: ImageLike | Iterable[ImageLike]) -> Features | list[Features]:
         """Return the float32 features of one image, or of a list: (N, D), or a list of grids for kinds with a grid.
 
-        images: paths, bytes, Pillow images, arrays or tensors, see `as_pixels`; one, a list, or a batch of four
-            dimensions.
+        images: paths, bytes, Pillow images, arrays or tensors, see `as_pixels`; one, a list, a generator (read as
+            it is needed), or a batch of four dimensions.
 
         Raises:
             UserError: an image cannot be read, or the list is empty.
         """
-        is_batch = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
-        if not is_batch and not isinstance(images, list | tuple):
+        if not are_several(images):
             return self([cast(ImageLike, images)])[0]
-        batch = cast("Sequence[ImageLike]", images)
-        if not len(batch):
-            raise UserError("There is no image to extract features of: the list is empty.")
-        found: list[Features | None] = [None] * len(batch)
+        batch = cast("Iterable[ImageLike]", images)
+        found: dict[int, Features] = {}
         prepared = ((place, self.prepare(as_pixels(image))) for place, image in enumerate(batch))
         for places, features in self.run(prepared):
-            for place, feature in zip(places, features, strict=True):
-                found[place] = feature
-        whole = [feature for feature in found if feature is not None]
+            found.update(zip(places, features, strict=True))
+        if not found:
+            raise UserError("There is no image to extract features of: the list is empty.")
+        whole = [found[place] for place in range(len(found))]
         return whole if self.is_grid else np.stack(whole)
 
     def prepare(self, pixels_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:

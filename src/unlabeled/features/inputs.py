@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,7 +36,9 @@ def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
         try:
             return _decoded(Path(image).expanduser().read_bytes(), str(image))
         except OSError as error:
-            raise UserError(f"{image} cannot be read: {error.strerror or error}.") from error
+            raise UserError(
+                f"{str(image) or repr(image)} cannot be read: {error.strerror or error}."
+            ) from error
         except ValueError as error:  # a zero byte in the name
             raise UserError(f"{str(image)!r} is no path of an image: {error}.") from error
     if isinstance(image, bytes | bytearray | memoryview):
@@ -49,6 +52,15 @@ def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
     raise UserError(
         f"An image can be a path, bytes, a Pillow image, an array or a tensor, not {type(image).__name__}."
     )
+
+
+def are_several(images: object) -> bool:
+    """Whether this is images in a row: a list, a tuple, a generator, or a batch of four dimensions."""
+    if isinstance(images, list | tuple):
+        return True
+    if isinstance(images, Iterator):
+        return not hasattr(images, "read")  # a file gives lines
+    return getattr(images, "ndim", 0) == 4
 
 
 def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unlabeled.errors import UserError
-from unlabeled.features.fitting import patch_grid
+from unlabeled.features.fitting import MAX_PATCHES, patch_grid
 from unlabeled.images.transform import evaluation_transform
 from unlabeled.vit_config import VitConfig
 
@@ -36,12 +37,17 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
             raise UserError(f"There is no shape {self.shape!r}; choose one of {', '.join(get_args(Shape))}.")
-        below = self.size // self.patch_size * self.patch_size
+        below = max(0, self.size // self.patch_size * self.patch_size)
         if self.size < self.patch_size or (self.shape != "keep" and below != self.size):
             near = [str(side) for side in (below, below + self.patch_size) if side]
             raise UserError(
                 f"A size of {self.size} pixels is no multiple of the model's patch of {self.patch_size}; "
                 f"{' or '.join(near)} is."
+            )
+        if below**2 > MAX_PATCHES * self.patch_size**2:
+            most = math.isqrt(MAX_PATCHES) * self.patch_size
+            raise UserError(
+                f"A size of {self.size} pixels is more than {MAX_PATCHES} patches an image; choose {most} at most."
             )
 
     @property
@@ -76,4 +82,6 @@ def default_preprocessing(config: VitConfig, size: int | None = None, shape: Sha
     if config.in_channels != 3:
         raise UserError(f"This model sees images of {config.in_channels} channels; RGB has 3.")
     p = config.patch_size
-    return Preprocessing(size or max(1, min(224, config.image_size) // p) * p, shape, p)
+    if size is None:
+        size = max(1, min(224, config.image_size) // p) * p
+    return Preprocessing(size, shape, p)

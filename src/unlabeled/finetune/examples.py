@@ -16,6 +16,7 @@ from unlabeled.dense.labelled import DenseData
 from unlabeled.errors import UserError
 from unlabeled.features.fitting import patch_grid
 from unlabeled.features.preprocessing import Preprocessing
+from unlabeled.images.bad_files import name_of
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.order import ShuffledOrder
 from unlabeled.images.sources import Source
@@ -74,7 +75,7 @@ class ClassExamples:
     def load(self, index: int, rng: np.random.Generator | None) -> Example:
         """Return one image and its class; augmented: a random part of random shape, mirrored half of the time."""
         place = int(self.indices[index])
-        key = f"image {place}"
+        key = name_of(self.source, place)
         try:
             sample = self.source.read(place)
             key = sample.key

@@ -37,7 +37,7 @@ from unlabeled.finetune.compare import Figures, class_figures, depth_figures, se
 from unlabeled.finetune.pictures import Shown, coloured_depth, overlay, write_page
 from unlabeled.finetune.rows import Row, flat, kept_rows
 from unlabeled.finetune.saved import TrainedHead, load_head
-from unlabeled.images.bad_files import BadFiles
+from unlabeled.images.bad_files import BadFiles, name_of
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
 from unlabeled.images.sources import Source, lasting, open_source
 from unlabeled.progress import Progress
@@ -220,7 +220,7 @@ def _batches(
     """Give the images that can be read, in order, neighbours of one shape together."""
 
     def load(index: int) -> _Loaded:
-        key = f"image {index}"
+        key = name_of(source, index)
         try:
             sample = source.read(index)
             key = sample.key

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from unlabeled.errors import UserError, writing
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
-from unlabeled.images.sources import Source
+from unlabeled.images.files import FileSource
+from unlabeled.images.sources import Source, printable
 
 
 class BadFiles:
@@ -64,6 +65,11 @@ class BadFiles:
         return whole < len(new)
 
 
+def name_of(source: Source, index: int) -> str:
+    """Return what to call an image that could not be read at all: a file's path as its key has it, else its number."""
+    return printable(source.paths[index]) if isinstance(source, FileSource) else f"image {index}"
+
+
 def first_readable(source: Source, limit: int = 10_000) -> int:
     """Index of the first image that decodes.
 
@@ -73,7 +79,7 @@ def first_readable(source: Source, limit: int = 10_000) -> int:
     first = ""
     tried = min(limit, len(source))
     for index in range(tried):
-        key = f"image {index}"
+        key = name_of(source, index)
         try:
             sample = source.read(index)
             key = sample.key

@@ -184,6 +184,8 @@ def _decode_pillow(data: bytes) -> NDArray[np.uint8]:
         raise BadImage(f"too large: more than {MAX_PIXELS} pixels declared") from error
     except UnidentifiedImageError as error:
         raise BadImage("not an image, or of a kind that is not supported") from error
+    except MemoryError as error:
+        raise BadImage("too large: there is not enough memory to decode it") from error
     # Pillow's plugins meet broken bytes with errors of every kind.
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__

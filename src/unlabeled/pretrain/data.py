@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from unlabeled.errors import UserError
-from unlabeled.images.bad_files import BadFiles
+from unlabeled.images.bad_files import BadFiles, name_of
 from unlabeled.images.decode import BadImage, decode, quiet_native_libraries
 from unlabeled.images.order import ShuffledOrder
 from unlabeled.images.sources import Source
@@ -80,7 +80,7 @@ class CropDataset(Dataset[CropBatch]):
             try:
                 sample = self.source.read(index)
             except OSError as error:
-                bad.append((f"image {index}", f"unreadable: {error}"))
+                bad.append((name_of(self.source, index), f"unreadable: {error}"))
             else:
                 try:
                     return decode(sample.data, smallest_side(self.recipe))

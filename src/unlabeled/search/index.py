@@ -5,7 +5,7 @@ Shape suffixes: B queries, D width, k neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from unlabeled.errors import UserError
+from unlabeled.features.inputs import are_several
 from unlabeled.features.table import FeatureTable, open_table, read_checked
 from unlabeled.images.sources import Source
 from unlabeled.search import build
@@ -98,7 +99,7 @@ class Index:
 
     def search(
         self,
-        queries: ImageLike | Sequence[ImageLike] | NDArray[Any],
+        queries: ImageLike | Iterable[ImageLike] | NDArray[Any],
         k: int = 5,
         *,
         where: str | None = None,
@@ -107,8 +108,8 @@ class Index:
         """Return the most similar images, best first: a list of `Hit`, or a list of such lists for several queries.
 
         Args:
-            queries: an image (path, bytes, Pillow image, array (H, W, 3), tensor) or a list of them; or features:
-                an array (D,) or (B, D).
+            queries: an image (path, bytes, Pillow image, array (H, W, 3), tensor), or several: a list, a generator, a
+                batch; or features: an array (D,) or (B, D).
             k: hits of each query; they are fewer where a condition leaves fewer.
             where: an SQL condition on the columns key, source, label, width, height, content_hash, data, index:
                 "label = 'cat' AND width >= 640".
@@ -122,7 +123,7 @@ class Index:
         if isinstance(queries, np.ndarray) and queries.ndim <= 2:
             is_one, vectors = queries.ndim == 1, np.atleast_2d(queries)
         else:
-            is_one = not isinstance(queries, list | tuple)
+            is_one = not are_several(queries)
             vectors = np.atleast_2d(cast("NDArray[Any]", self.extractor(queries)))
         now = self.now
         hits = _hits(now.rows, self._nearest(now, vectors, k, where, recall))
