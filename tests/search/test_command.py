@@ -91,6 +91,9 @@ def test_from_images_to_hits(run: Run, made: Path, tmp_path: Path) -> None:
     ]
     assert all(hit["key"].startswith("dog/") for hit in result["hits"])
     assert result["hits"][2]["key"] == "dog/06.png"
+    code, said, _ = run("search", query, query, "--index", "$TMP/index", "--k", "9", "--where", "key LIKE '%copy%'",
+                        "--out", "$TMP/hits.png")  # fmt: skip
+    assert code == 0 and said.count("2 of 9 hits: no more images meet key LIKE '%copy%'") == 1
     model = unlabeled.load_model(made / "model")
     index = unlabeled.open_index(tmp_path / "index")
     expected = unlabeled.Extractor(model)("images/dog/06.png")
@@ -173,6 +176,8 @@ BAD = [
     ("embed images --model model --size 80000 --out $TMP/t", "patches an image; choose 2048 at most"),
     ("embed images --model model --size 80000 --shape keep --out $TMP/t", "choose 2048 at most"),
     ("index", "Give a feature table"),
+    ("index table --delete key='a' --out $TMP/i", "is no index: it has no index.json"),
+    ("index --rebuild --out $TMP/i", "is no index: it has no index.json"),
     ("index images --out $TMP/i", "images is no feature table"),
     ("index table --out images", "images exists and is no index"),
     ("index table --out $TMP/i --recall 0", "above 0 and up to 1, not 0"),

@@ -107,6 +107,7 @@ def test_an_approximate_index_knows_its_recall(make_table: Make, tmp_path: Path)
         assert share_found(keys_of(index.search(queries, k=10, recall=recall)), truth) > wanted - 0.02
     assert share_found(keys_of(index.search(queries, k=60)), keys_by_sort(queries, vectors, 60)) > 0.88
     curve = index.now.manifest.curve
+    assert {point["images"] for point in curve} == {min(1000, len(index) // 10)}
     assert curve == sorted(curve, key=lambda point: point["effort"]) and curve[-1]["recall"] > 0.99
     best = index.nearest(queries, 10, recall=0.99).similarities[:, 0]
     assert np.isclose(best, cosines(queries, vectors).max(1), atol=2e-4).mean() > 0.98
@@ -128,7 +129,7 @@ def test_the_measured_recall_is_what_a_loop_finds(monkeypatch: pytest.MonkeyPatc
             truth = set(np.argsort(-held.vectors.astype(np.float64) @ query)[:10].tolist())
             parameters = faiss.SearchParametersHNSW(efSearch=effort)
             hits += len(truth & set(held.index.search(query[None], 10, params=parameters)[1][0].tolist()))
-        assert point == {"effort": effort, "recall": round(hits / 500, 4)}
+        assert point == {"effort": effort, "recall": round(hits / 500, 4), "images": 50}
 
 
 def test_size_chooses_the_kind_and_growth_changes_it(

@@ -45,10 +45,12 @@ def index_command(
 
     terminal = console(as_json)
     is_new = not (Path(out).expanduser() / "index.json").exists()
-    if table is None and (is_new or not (delete or rebuild)):
+    if table is None and not (delete or rebuild):
         raise UserError(
             "Give a feature table to index, or --delete or --rebuild with an index that is there."
         )
+    if is_new and (delete or rebuild):
+        open_index(out)  # which says what is wrong with it
     if not is_new and not rebuild and (recall is not None or kind is not None):
         raise UserError(f"{out} is an index already; --recall and --kind change it together with --rebuild.")
     result: dict[str, Any] = {}
@@ -86,8 +88,9 @@ def _described(index: Index, result: dict[str, Any]) -> str:
     said = f"{index.path}: {len(index):,} images{f' ({changes})' if changes else ''}, "
     if index.kind == "exact":
         return said + "exact search"
-    wanted = index.now.manifest.recall
-    said += f"approximate search, recall@10 {index.recall:.3f} measured on 1,000 of its own images"
+    manifest = index.now.manifest
+    wanted, measured_on = manifest.recall, int(manifest.curve[0].get("images", 1000))
+    said += f"approximate search, recall@10 {index.recall:.3f} measured on {measured_on:,} of its own images"
     return said if index.recall >= wanted else f"{said}; {wanted:g} was wanted and is out of its reach"
 
 
@@ -139,8 +142,9 @@ def search(
     for image, found in zip(images, hits, strict=True):
         if found:
             _print_hits(terminal, opened, image, found)
-        if len(found) < k:
-            _say(terminal, f"{len(found)} images meet {where}, fewer than the {k} asked for")
+    if len(hits[0]) < k:
+        why = f"no more images meet {where}" if where else "the approximate index finds no more"
+        _say(terminal, f"{len(hits[0])} of {k} hits: {why}")
     _say(
         terminal, f"contact sheet: {out}" + (f"; {unread} images could not be read for it" if unread else "")
     )

@@ -101,8 +101,9 @@ def read_graph(path: Path, *, mapped: bool = True) -> Graph:
 
 
 def measure(graph: Graph, queries_BD: NDArray[np.float32]) -> list[dict[str, float]]:
-    """Return the recall@10 at each effort, {"effort", "recall"}: of the 10 nearest by exact search, the share found.
+    """Return the recall@10 at each effort: of the 10 nearest by exact search, the share found.
 
+    Returns {"effort", "recall", "images"}, the last being how many queries it was measured with.
     queries: of length 1, not among the graph's vectors: those find their own neighbours more easily.
     """
     k = min(MEASURED_K, len(graph))
@@ -111,7 +112,7 @@ def measure(graph: Graph, queries_BD: NDArray[np.float32]) -> list[dict[str, flo
     for effort in EFFORTS:
         found = graph.nearest(queries_BD, k, effort).rows
         hits = (found[:, :, None] == truth[:, None, :]).any(2)
-        curve.append({"effort": effort, "recall": round(float(hits.mean()), 4)})
+        curve.append({"effort": effort, "recall": round(float(hits.mean()), 4), "images": len(queries_BD)})
         if curve[-1]["recall"] >= PERFECT:
             break
     return curve
