@@ -125,7 +125,7 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
     between_KK = np.sqrt(np.maximum(2 - 2 * (centroids_KD @ centroids_KD.T), 0))
     layout = _Layout(rows, centroids_KD, between_KK, reach, folder)
     held = 12 * size * width + 6 * SCORES
-    files = resources.written(_assign_block, layout, folder, "assigned-{:06d}.npz", blocks, held)
+    files = resources.written(_assign_block, layout, folder, "probing-{:06d}.npz", blocks, held)
     labels = np.concatenate([load_arrays(file)["labels"] for file in files])
     order = np.argsort(labels, kind="stable")
     probing, bounds = _probing(files, order, k)
@@ -133,24 +133,20 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
 
 
 def _probing(files: list[Path], order_N: Integers, k: int) -> tuple[NDArray[np.int32], Integers]:
-    """Turn lists of the cells that each row probes into lists of the rows that probe each cell."""
+    """Join what blocks say of the rows that probe each cell."""
     places = np.empty(len(order_N), np.int32)
     places[order_N] = np.arange(len(order_N), dtype=np.int32)
     counts = np.zeros(k, np.int64)
     for file in files:
-        counts += np.bincount(load_arrays(file)["probes"], minlength=k)
+        counts += load_arrays(file)["counts"]
     bounds = _starts(counts)
     probing = np.empty(bounds[-1], np.int32)
     row, free = 0, bounds[:-1].copy()
     for file in files:
         part = load_arrays(file)
-        rows = np.repeat(places[row : row + len(part["counts"])], part["counts"])
-        row += len(part["counts"])
-        by_cell = np.argsort(part["probes"], kind="stable")
-        counts = np.bincount(part["probes"], minlength=k)
-        inside = np.arange(len(rows)) - np.repeat(_starts(counts)[:-1], counts)
-        probing[np.repeat(free, counts) + inside] = rows[by_cell]
-        free += counts
+        inside = np.arange(len(part["probing"])) - np.repeat(_starts(part["counts"])[:-1], part["counts"])
+        probing[np.repeat(free, part["counts"]) + inside] = places[row + part["probing"]]
+        row, free = row + len(part["labels"]), free + part["counts"]
     for start, stop in itertools.pairwise(bounds.tolist()):
         probing[start:stop].sort()
     return probing, bounds
@@ -182,15 +178,16 @@ class _Layout:
 
 
 def _assign_block(context: _Layout, item: tuple[int, tuple[int, int]]) -> None:
-    """Write the cell of each row of a block, and the other cells that it probes."""
+    """Write the cell of each row of a block, and for each cell the rows that probe it without lying in it."""
     number, (start, stop) = item
     block = context.rows.between(start, stop)
     context.rows.release()
     centroids = context.centroids_KD
     k = len(centroids)
     between_KK, farthest_K = context.between_KK, context.between_KK.max(axis=1)
-    labels, counts = np.empty(len(block), np.int32), np.zeros(len(block), np.int32)
-    probed = []
+    labels = np.empty(len(block), np.int32)
+    probing = [np.empty(0, np.int32)]
+    probed = [np.empty(0, np.int32)]
     tile = max(1, SCORES // 4 // k)
     out, near = np.empty((tile, k), np.float32), np.empty((tile, k), bool)
     for first, last in spans(len(block), tile):
@@ -205,10 +202,17 @@ def _assign_block(context: _Layout, item: tuple[int, tuple[int, int]]) -> None:
             row, cell = np.divmod(places, k)
             gap = best[row] - scores.ravel()[places]
             kept = (gap <= context.reach * between_KK[own[row], cell]) & (cell != own[row])
-            counts[first:last] = np.bincount(row[kept], minlength=last - first)
+            probing.append((row[kept] + first).astype(np.int32))
             probed.append(cell[kept].astype(np.int32))
-    probes = np.concatenate(probed) if probed else np.empty(0, np.int32)
-    save_arrays(context.folder / f"assigned-{number:06d}.npz", labels=labels, counts=counts, probes=probes)
+    cells = np.concatenate(probed)
+    by_cell = np.argsort(cells, kind="stable")
+    file = context.folder / f"probing-{number:06d}.npz"
+    save_arrays(
+        file,
+        labels=labels,
+        probing=np.concatenate(probing)[by_cell],
+        counts=np.bincount(cells, minlength=k),
+    )
 
 
 def _store_block(context: tuple[Rows, Integers, Path], item: tuple[int, tuple[int, int]]) -> None:
