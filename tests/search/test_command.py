@@ -160,7 +160,17 @@ def test_a_full_disk_behind_the_output_is_one_line(words: list[str]) -> None:
     assert done.stderr == "unlabeled: what is printed cannot be written: No space left on device\n"
 
 
+def test_ctrl_c_is_no_success(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unlabeled.features.embed.embed", stop)
+    assert run("embed", "images", "--model", "model", "--out", "$TMP/t") == (130, "", "unlabeled: stopped\n")
+    assert run("--help")[0] == 0
+
+
 BAD = [
+    (["embed", "", "--model", "model", "--out", "$TMP/t"], "DATA is empty"),
     (
         "embed images --model dinov2_vits15 --out $TMP/t",
         "no model 'dinov2_vits15'; did you mean dinov2_vits14",
@@ -205,13 +215,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "said"), BAD)
-def test_bad_use_is_one_line(run: Run, made: Path, tmp_path: Path, words: str, said: str) -> None:
+def test_bad_use_is_one_line(run: Run, made: Path, tmp_path: Path, words: str | list[str], said: str) -> None:
     def state() -> dict[str, bytes]:
         return {str(file): file.read_bytes() for file in made.rglob("*") if file.is_file()}
 
     before = state()
-    default = [] if "--out" in words or not words.startswith("search") else ["--out", "$TMP/hits.png"]
-    code, out, err = run(*words.split(), *default)
+    arguments = words.split() if isinstance(words, str) else words
+    default = [] if "--out" in words or arguments[0] != "search" else ["--out", "$TMP/hits.png"]
+    code, out, err = run(*arguments, *default)
     assert code == 2 and (not out or "1 bad" in out)  # a run's progress is on standard output
     assert err.count("\n") == 1 and said in err
     assert state() == before and not list(tmp_path.glob("*.png"))

@@ -94,6 +94,11 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(offline: Path) -> None:
         assert f"put it at {path}: https://dl.fbaipublicfiles.com/{address}." in str(caught.value)
     with pytest.raises(UserError, match="did you mean facebook/dinov2-small"):
         load_model("facebook/dinov2-smal")
+    for name in ("vit_small_patch14_dinov2", "timm/vit_small_patch14_dinov2.lvd142m"):  # no other is meant
+        with pytest.raises(
+            UserError, match=r"fetch https://huggingface\.co/timm/vit_small_patch14_dinov2\.lvd142m"
+        ):
+            load_model(name)
 
 
 def test_another_kind_of_model_is_refused_before_its_weights_are_fetched(offline: Path) -> None:
@@ -112,6 +117,7 @@ def test_another_kind_of_model_is_refused_before_its_weights_are_fetched(offline
         ("dinov2_vitz14", "did you mean dinov2_vit"),
         ("dinov2-small", "did you mean facebook/dinov2-small"),
         ("dinov2_vits14_reg4_pretrain.pth", "no file or folder 'dinov2_vits14_reg4_pretrain.pth'"),
+        ("vit_small_patch14_dinov2.pth", "no file or folder 'vit_small_patch14_dinov2.pth'"),
         ("./nowhere", "no file or folder"),
         ("a/b/c", "expected a run folder"),
         ("", "expected a run folder|holds no model"),

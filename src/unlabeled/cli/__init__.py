@@ -29,6 +29,9 @@ for group in (
     import_module(f"unlabeled.cli.{group}")
 
 
+STOPPED = 130  # exit status after Ctrl-C, as shells have it
+
+
 def _split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Recipe fields (--optimizer.lr 1e-3 or --optimizer.lr=1e-3) apart from the rest of a command line.
 
@@ -59,13 +62,17 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments, recipe_fields = _split(sys.argv[1:])
-        app(arguments, standalone_mode=False, obj=recipe_fields)
+        # Typer turns a KeyboardInterrupt into a code that it returns.
+        code = app(arguments, standalone_mode=False, obj=recipe_fields)
+        if code == STOPPED:
+            raise KeyboardInterrupt
     except UserError as error:
         sys.exit(_said(str(error)))
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        print("unlabeled: stopped", file=sys.stderr)
+        sys.exit(STOPPED)
     except UnicodeEncodeError as error:
         sys.exit(_said(f"{error.object!a} is no UTF-8; give it another name."))
     except OSError as error:

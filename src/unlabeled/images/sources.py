@@ -101,6 +101,8 @@ def open_source(data: str | Path) -> Source:
     from unlabeled.images.files import open_folder, open_list
 
     text = str(data)
+    if not text.strip():
+        raise UserError("DATA is empty; the folder that you are in is given as .")
     if text.startswith("hf:"):
         from unlabeled.images.hugging_face import open_hugging_face
 

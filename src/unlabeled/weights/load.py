@@ -142,10 +142,10 @@ def load_name(name: str) -> VisionTransformer:
     """Return the model that a name stands for, from the cache or from where it is published."""
     if name in META_PLACES:
         return load_file(fetch_meta(META_PLACES[name]))
-    hint = _did_you_mean(name) or f"expected {WAYS}."
-    if match := TIMM_NAME.fullmatch(name):
+    if (match := TIMM_NAME.fullmatch(name)) and match[2] not in WEIGHT_SUFFIXES:
         training = match[2] or (".lvd142m" if "dinov2" in match[1] else ".dino")
-        return load_folder(fetch_hub(f"timm/{match[1]}{training}", hint))
+        name = f"timm/{match[1]}{training}"
+    hint = _did_you_mean(name) or f"expected {WAYS}."
     is_path = name.endswith(WEIGHT_SUFFIXES) or name.startswith((".", "~", "/"))
     if HUB_NAME.fullmatch(name) and not is_path:
         return load_folder(fetch_hub(name, hint))
