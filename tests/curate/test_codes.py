@@ -26,7 +26,7 @@ def vectors_of(count, width, seed):
     return Rows(vectors.astype(np.float32))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     st.integers(0, 1000),
     st.sampled_from([1, 2, 7, 8, 9, 40, 97, 384]),
