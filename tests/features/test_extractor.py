@@ -185,6 +185,9 @@ def test_an_identity_brings_its_extractor_back(
     monkeypatch.chdir("/")
     again = Extractor.of(extractor.identity)
     np.testing.assert_array_equal(again(photograph), extractor(photograph))
+    gone = extractor.identity | {"model": extractor.identity["model"] | {"name": "/gone/model"}}
+    with pytest.raises(UserError, match=r"no file or folder '/gone/model'.* --model for where it is now"):
+        Extractor.of(gone)
 
 
 def test_other_weights_under_the_same_name_are_refused(model: VisionTransformer, tmp_path: Path) -> None:

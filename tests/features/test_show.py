@@ -170,3 +170,13 @@ def test_pyplot_is_left_alone(folder: Path, tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+
+
+def test_functions_take_the_text_of_a_model(folder: Path) -> None:
+    model, image = load_model(folder / "model"), folder / "a.png"
+    text = str(folder / "model")
+    np.testing.assert_array_equal(attention(text, image).mean, attention(model, image).mean)
+    np.testing.assert_array_equal(similar(text, image, (1, 1)), similar(model, image, (1, 1)))
+    assert len(match(text, image, image).similarities) > 0
+    one, two = (patch_pca(given, iter([image, image])) for given in (text, model))
+    np.testing.assert_array_equal(one.colours, two.colours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from unlabeled.errors import UserError
 from unlabeled.features.fitting import check_layer, evaluating, finite, fitted
 from unlabeled.features.inputs import ImageLike
+from unlabeled.weights.load import as_model
 
 if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
@@ -27,7 +29,11 @@ class AttentionMaps(NamedTuple):
 
 
 def attention(
-    model: VisionTransformer, image: ImageLike, layer: int = -1, mass: float = 0.6, size: int | None = None
+    model: VisionTransformer | str | Path,
+    image: ImageLike,
+    layer: int = -1,
+    mass: float = 0.6,
+    size: int | None = None,
 ) -> AttentionMaps:
     """Return the attention of the CLS token to the patches, in one block.
 
@@ -35,11 +41,13 @@ def attention(
     up for it; for the masks, each map is taken as a share of its sum over the patches (arXiv 2104.14294, figure 4).
     The other blocks run as always; of this one, only the CLS token's row is computed.
 
+    model: a backbone, or a MODEL's text, which is loaded each time.
     image: path, bytes, Pillow image, array or tensor. layer: index of the block, -1 is the last. mass: of the
         attention to the patches that a mask holds, in (0, 1]. size: short side in pixels; by default that of the
         images the model's position embedding is learned on.
     Raises UserError for a layer or a mass that does not exist, and for what is no image.
     """
+    model = as_model(model)
     check_layer(model, layer)
     if not 0 < mass <= 1:
         raise UserError(f"A mask holds a mass above 0, up to 1, of the attention; not {mass:g}.")

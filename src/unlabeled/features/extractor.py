@@ -27,7 +27,7 @@ from unlabeled.features.inputs import ImageLike, are_several, as_pixels
 from unlabeled.features.preprocessing import Shape, default_preprocessing
 from unlabeled.images.transform import normalize
 from unlabeled.vit import VisionTransformer
-from unlabeled.weights.load import load_model
+from unlabeled.weights.load import as_model
 
 Kind = Literal["cls", "mean", "cls+mean", "layers", "patches", "attention"]
 Features = NDArray[np.float32]
@@ -82,7 +82,7 @@ class Extractor:
         self.device = choose_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model: VisionTransformer = load_model(model) if isinstance(model, str | Path) else model
+        self.model = as_model(model)
         if self.model.training:
             raise UserError("The model is in training mode; call model.eval() first.")
         check_layer(self.model, layer)
@@ -135,7 +135,14 @@ class Extractor:
                 "These features come from a model that was made in memory; give it again (an index's extractor can be "
                 "set to Extractor(model), and search has --model)."
             )
-        loaded = load_model(name) if isinstance(name, str | Path) else name
+        try:
+            loaded = as_model(name)
+        except UserError as error:
+            if model is not None:
+                raise
+            raise UserError(
+                f"{error} These features are of it; search has --model for where it is now."
+            ) from error
         here = {"name": loaded.name, "weights": weights_hash(loaded)}
         check_same(
             {"model": identity["model"]}, {"model": here}, "These features", "the model that is there now"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from unlabeled.features.fitting import centres, patch_features, unit_rows
 from unlabeled.features.inputs import ImageLike, as_pixels
+from unlabeled.weights.load import as_model
 
 if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
@@ -26,13 +28,17 @@ class Matches(NamedTuple):
     similarities: NDArray[np.float32]  # (K,), cosines
 
 
-def match(model: VisionTransformer, a: ImageLike, b: ImageLike, size: int | None = None) -> Matches:
+def match(
+    model: VisionTransformer | str | Path, a: ImageLike, b: ImageLike, size: int | None = None
+) -> Matches:
     """Return all pairs of patches, one of each image, that are each other's nearest by the cosine.
 
+    model: a backbone, or a MODEL's text, which is loaded each time.
     a, b: path, bytes, Pillow image, array or tensor. size: short side in pixels of both; by default that of the
         images the model's position embedding is learned on.
     Raises UserError for what is no image.
     """
+    model = as_model(model)
     pixels_a, pixels_b = as_pixels(a), as_pixels(b)
     # The images as given, not their pixels: errors name the files.
     features_a, features_b = patch_features(model, a, size), patch_features(model, b, size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 from unlabeled.errors import UserError
 from unlabeled.features.fitting import patch_features
-from unlabeled.features.inputs import ImageLike
+from unlabeled.features.inputs import ImageLike, are_several
+from unlabeled.weights.load import as_model
 
 if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
@@ -29,8 +31,8 @@ class PatchPca(NamedTuple):
 
 
 def patch_pca(
-    model: VisionTransformer,
-    images: ImageLike | Sequence[ImageLike],
+    model: VisionTransformer | str | Path,
+    images: ImageLike | Iterable[ImageLike],
     foreground: bool = True,
     size: int | None = None,
 ) -> PatchPca:
@@ -42,6 +44,7 @@ def patch_pca(
     would be background. The threshold is each image's own, by Otsu's method, which also finds an object of a few
     patches. Which side is the foreground: the one that is less common along the borders of the images than inside.
 
+    model: a backbone, or a MODEL's text, which is loaded each time.
     images: one or several: paths, bytes, Pillow images, arrays or tensors; of different shapes, if they are.
     foreground: separate it; False colours every patch by one analysis.
     size: short side in pixels; by default that of the images the model's position embedding is learned on.
@@ -50,7 +53,10 @@ def patch_pca(
     is positive; a component without variance is 0.5.
     Raises UserError for what is no image.
     """
-    several = list(images) if isinstance(images, list | tuple) else [cast("ImageLike", images)]
+    model = as_model(model)
+    several = list(
+        cast("Iterable[ImageLike]", images) if are_several(images) else [cast("ImageLike", images)]
+    )
     if not several:
         raise UserError("A PCA needs at least one image.")
     return components([patch_features(model, image, size) for image in several], foreground)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,22 +12,24 @@ from numpy.typing import NDArray
 from unlabeled.errors import UserError
 from unlabeled.features.fitting import patch_features, unit_rows
 from unlabeled.features.inputs import ImageLike, as_pixels
+from unlabeled.weights.load import as_model
 
 if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
 
 
 def similar(
-    model: VisionTransformer, image: ImageLike, at: tuple[float, float], size: int | None = None
+    model: VisionTransformer | str | Path, image: ImageLike, at: tuple[float, float], size: int | None = None
 ) -> NDArray[np.float32]:
     """Return the cosine of every patch of an image with the one at a point, (h, w) in [-1, 1].
 
+    model: a backbone, or a MODEL's text, which is loaded each time.
     image: path, bytes, Pillow image, array or tensor. at: (x, y) in pixels of the image as given, from its top left
         corner. size: short side in pixels; by default that of the images the model's position embedding is learned
         on.
     Raises UserError for a point outside of the image, and for what is no image.
     """
-    return similar_across(model, [image], at, size)[0]
+    return similar_across(as_model(model), [image], at, size)[0]
 
 
 def similar_across(

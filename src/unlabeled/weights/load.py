@@ -119,6 +119,11 @@ def load_folder(folder: Path) -> VisionTransformer:
     )
 
 
+def as_model(model: VisionTransformer | str | Path) -> VisionTransformer:
+    """Return a backbone as it is, or load the one that a text names."""
+    return load_model(model) if isinstance(model, str | Path) else model
+
+
 def load_file(path: Path) -> VisionTransformer:
     """Return the model of one weight file; its keys tell whose format it is."""
     if path.suffix not in WEIGHT_SUFFIXES:
