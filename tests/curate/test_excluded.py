@@ -80,7 +80,10 @@ def test_leaked_images_go_by_bytes_and_by_hash_without_a_model(
         np.frombuffer((test / "c_jpeg.jpg").read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB
     ))  # fmt: skip
     page = done.report.read_text()
-    assert f"Held against 4 of {test}: the same bytes, perceptual hashes up to 4 of 64 bits" in page
+    assert (
+        f"Held against 3 of {test} (1 more cannot be read): the same bytes, perceptual hashes up to 4 of 64 bits"
+        in page
+    )
     assert "without a model" in page and (done.report.parent / "decontaminate.png").is_file()
     fewer = curated(**{"duplicates.hash_distance": -1})
     assert fewer.counts["decontaminate"]["reasons"] == {"the bytes of an excluded image": 1}
@@ -208,3 +211,12 @@ def test_too_few_to_whiten_and_an_older_folder_are_one_line(
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": "unlabeled curation 2"}))
     with pytest.raises(UserError, match="another format than 'unlabeled curation 3'; choose another --out"):
         pipeline.curate(pile, tmp_path / "old", model="none")
+
+
+def test_an_excluded_set_of_which_nothing_can_be_read_is_refused(
+    photograph: np.ndarray, tmp_path: Path
+) -> None:
+    pile = written(tmp_path / "pile", {"one.png": encoded(photograph)})
+    bad = written(tmp_path / "bad", {"bad.jpg": b"no image"})
+    with pytest.raises(UserError, match="bad holds no image that can be read"):
+        pipeline.curate(pile, tmp_path / "out", model="none", exclude=bad, overrides=LOOSE)

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.conftest import encoded
 from unlabeled.cli import main
@@ -272,6 +273,7 @@ def test_bad_input_is_one_line(
     assert "did you mean quality.min_blur?" in said(pile, "--out", out, "--quality.min_blurr", 3)
     assert "duplicates.precision is 2" in said(pile, "--out", out, "--duplicates.precision", 2)
     assert "amount of memory" in said(pile, "--out", out, "--memory", "much")
+    assert "run.memory is 1KB, and must be 128MB at least" in said(pile, "--out", out, "--memory", "1KB")
     assert "no curation" in said(pile, "--out", pile)
     assert "needs --seeds" in said("retrieve", pile, "--out", out)
     assert "model is none" in said(pile, "--out", out, "--model", "none", "--count", 3)
@@ -320,3 +322,31 @@ def test_recipe_fields_read_back(tmp_path: Path) -> None:
     assert resolved(tmp_path / "recipe.toml", {}) == recipe
     assert resolved(None, {"collect.hosts": "a.org"}).collect.hosts == ("a.org",)
     assert resolved(None, {}) == CurateRecipe()
+
+
+def test_sheet_of_seeds_shows_the_seeds_beside_an_unreadable_file(
+    pile: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
+    (seeds / "a_bad.jpg").write_bytes(b"no image")
+    (seeds / "b_good.png").write_bytes((pile / "06.png").read_bytes())
+    for method in ("nearest", "clusters"):
+        chosen = {"retrieve.method": method, "retrieve.neighbours": 3}
+        pipeline.curate(
+            pile, tmp_path / method, model=model, seeds=seeds, steps=["retrieve"], overrides=chosen
+        )
+        outcome = held(tmp_path / method / "work" / "steps", "retrieve")
+        for shown, _ in outcome.figures["by_seed"]:
+            assert [open_source(data).read(index).key for data, index in shown] == ["b_good.png"]
+
+
+def test_sheets_show_what_is_nearest_to_a_limit_that_nothing_is_beyond(pile: Path, tmp_path: Path) -> None:
+    done = pipeline.curate(pile, tmp_path / "out", model="none", steps=["quality", "duplicates"])
+    page = done.report.read_text()
+    assert "text: the images nearest to the limit of 0.32, all within it" in page
+    assert "small: the images nearest to the limit of 32, beyond it and within it" in page
+    assert (done.report.parent / "quality_text_max_text.png").is_file()
+    with Image.open(done.report.parent / "perceptual.png") as two_pairs:
+        assert two_pairs.width > two_pairs.height  # beside each other
+    assert '<a href="lineage.parquet">' in page and "http" not in page

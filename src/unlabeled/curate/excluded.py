@@ -20,6 +20,7 @@ from unlabeled.curate.products import ROUNDING
 from unlabeled.curate.recipe import NO_MODEL
 from unlabeled.curate.steps import NEIGHBOURING, Made
 from unlabeled.curate.work import Work, read_column
+from unlabeled.errors import UserError
 
 BYTES, HASH, FEATURES, NOTHING = range(4)  # that an image shares with one to exclude, the surest first
 REASONS = ("the bytes of an excluded image", "a hash near an excluded image's", "near an excluded image")
@@ -90,6 +91,7 @@ def removed(work: Work, clean: Integers, pool: Integers, kept_for_N: Integers, a
     clean: indices before copies were dropped, pool: before those by features were. kept_for: index of the image that
     each is a copy of, or its own.
     """
+    unreadable = {data: _unreadable(work, data) for data in work.exclude}
     found = Matches.none(len(clean))
     _by_hashes(work, clean, found)
     figures: dict[str, Any] = {"hash_distance": work.recipe.duplicates.hash_distance}
@@ -116,7 +118,8 @@ def removed(work: Work, clean: Integers, pool: Integers, kept_for_N: Integers, a
     parts = [places[:4] for places in of_kind] + [places[4:] for places in of_kind]
     chosen = np.concatenate(parts)[:12]
     return rows, figures | {
-        "images": {data: len(column) for data, column in zip(work.exclude, keys, strict=True)},
+        "images": {data: len(column) - unreadable[data] for data, column in zip(work.exclude, keys, strict=True)},
+        "unreadable": unreadable,
         "shown": [
             [
                 int(clean[dropped[one]]),
@@ -127,6 +130,15 @@ def removed(work: Work, clean: Integers, pool: Integers, kept_for_N: Integers, a
             for one in chosen.tolist()
         ],
     }  # fmt: skip
+
+
+def _unreadable(work: Work, data: str) -> int:
+    """Number of images to exclude that cannot be read. Raises UserError where that is all of them."""
+    bad = read_column(work.measured_of(data), "bad")
+    count = int(len(bad) - bad.null_count)
+    if count == len(bad):
+        raise UserError(f"{data} holds no image that can be read, so that nothing would be excluded for it.")
+    return count
 
 
 def _by_hashes(work: Work, clean: Integers, found: Matches) -> None:

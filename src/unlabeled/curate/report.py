@@ -15,7 +15,7 @@ from unlabeled.curate.lineage import Outcome
 from unlabeled.errors import writing
 from unlabeled.features.inputs import as_pixels
 from unlabeled.images.sources import Source, open_source
-from unlabeled.search.sheet import Tile, write_sheet
+from unlabeled.search.sheet import ACROSS, Tile, write_sheet
 from unlabeled.weights.files import replacing
 
 TITLES = {
@@ -91,7 +91,7 @@ def write_report(
     parts = [
         f"<h1>{escape(source.name)}</h1>",
         f"<p>{left:,} of {total:,} images are kept ({left / max(1, total):.1%}). "
-        "lineage.parquet, beside this page, has a row for every image.</p>",
+        '<a href="lineage.parquet">lineage.parquet</a>, beside this page, has a row for every image.</p>',
         _funnel(total, counts),
     ]
     for outcome in outcomes:
@@ -173,7 +173,11 @@ def _sentence(outcome: Outcome, count: dict[str, Any]) -> str:
         bits = figures["hash_distance"]
         hashes = f", perceptual hashes up to {bits} of 64 bits apart" if bits >= 0 else ""
         features = "" if "space" in figures else "; without a model, features are not compared"
-        sets = ", ".join(f"{count:,} of {data}" for data, count in figures["images"].items())
+        unread = figures.get("unreadable", {})  # not in curations from before it was counted
+        sets = ", ".join(
+            f"{count:,} of {data}" + (f" ({unread[data]:,} more cannot be read)" if unread.get(data) else "")
+            for data, count in figures["images"].items()
+        )
         said.append(
             f"Held against {sets}: the same bytes{hashes}{', features' if not features else ''}{features}."
         )
@@ -187,7 +191,8 @@ def _sentence(outcome: Outcome, count: dict[str, Any]) -> str:
         said.append(f"Kept are {way}.")
     if outcome.step == "cluster":
         levels = ", ".join(f"{k:,}" for k in figures["levels"])
-        said.append(f"{figures['wanted']:,} images were wanted, from a tree of {levels} clusters.")
+        clusters = "cluster" if levels == "1" else "clusters"
+        said.append(f"{figures['wanted']:,} images were wanted, from a tree of {levels} {clusters}.")
     return f"<p>{escape(' '.join(said))}</p>"
 
 
@@ -225,17 +230,13 @@ def _quality(sheets: Sheets, outcome: Outcome) -> list[str]:
             f'<span class="grey">({escape(limit["field"])})</span></h3>'
         )
         parts.append(_beside(limit["alone"], name, "images beyond it"))
-        below, above = limit["sides"]
-        measured = limit["values"]
-        lines = [
+        lines = [  # not dropped and kept: what is within one limit may be beyond another
             [sheets.tile(index, f"{word} {value:.3g}") for index, value in zip(side, own, strict=True)]
-            for word, side, own in zip(("dropped", "kept"), (below, above), measured, strict=True)
+            for word, side, own in zip(("beyond", "within"), limit["sides"], limit["values"], strict=True)
         ]
-        caption = f"{limit['name']}: the images nearest to the limit of {name}, dropped and kept"
-        if below:
-            parts.append(
-                sheets.write(f"quality_{limit['name']}_{limit['field'].split('.')[1]}", caption, lines)
-            )
+        sides = "beyond it and within it" if lines[0] else "all within it"
+        caption = f"{limit['name']}: the images nearest to the limit of {name}, {sides}"
+        parts.append(sheets.write(f"quality_{limit['name']}_{limit['field'].split('.')[1]}", caption, lines))
     unread = [index for index in outcome.dropped.tolist() if values[index] != values[index]]
     names = [sheets.tile(index, "").name for index in unread[:12]]
     if names:
@@ -246,18 +247,19 @@ def _quality(sheets: Sheets, outcome: Outcome) -> list[str]:
 
 def _groups(sheets: Sheets, outcome: Outcome) -> list[str]:
     value = dict(zip(outcome.column("index").tolist(), outcome.column("value").tolist(), strict=True))
-    lines, shown = [], 0
+    lines: list[list[Tile]] = []
+    shown = 0
     for group in outcome.figures["groups"]:
         if shown + len(group) > 72:
             break
-        unit = " bits" if outcome.step == "perceptual" else ""
-        titles = [
-            "kept",
-            *(f"{value[index]:.4g}{unit}" if value[index] == value[index] else "" for index in group[1:]),
-        ]
-        lines.append([sheets.tile(index, title) for index, title in zip(group, titles, strict=True)])
+        titles = ["kept", *(_alike(outcome.step, value[index]) for index in group[1:])]
+        tiles = [sheets.tile(index, title) for index, title in zip(group, titles, strict=True)]
+        if lines and len(lines[-1]) + len(tiles) <= ACROSS:  # small groups stand beside each other
+            lines[-1] += tiles
+        else:
+            lines.append(tiles)
         shown += len(group)
-    caption = "The largest groups: the image that is kept, and those dropped for it"
+    caption = "The largest groups: each image that is kept, and after it those dropped for it"
     parts = [sheets.write(outcome.step, caption, lines)]
     if outcome.step == "perceptual":
         words = "images with another at most so many bits apart"
@@ -266,6 +268,11 @@ def _groups(sheets: Sheets, outcome: Outcome) -> list[str]:
         now = f"{outcome.figures['threshold']:.4f}"
         parts.insert(0, _beside(outcome.figures["near"], now, "images with another at least so near"))
     return parts
+
+
+def _alike(step: str, value: float) -> str:
+    """How near an image is to the one that it is dropped for."""
+    return {"exact": "same bytes", "perceptual": f"{value:g} bits", "copies": f"{value:.4f}"}[step]
 
 
 def _removed(sheets: Sheets, outcome: Outcome) -> list[str]:

@@ -187,7 +187,10 @@ def retrieve(work: Work, alive: Integers) -> Made:
     alive, without = work.with_features(alive)
     tables = {data: work.features_of(data) for data in work.seeds}
     seeds = np.concatenate([np.asarray(table.vectors[:], np.float32) for table in tables.values()])
-    names = [(data, row) for data, table in tables.items() for row in range(len(table))]
+    images, keys = [], []  # of each seed; a table leaves out what is bad, so that its rows are not the images
+    for data, table in tables.items():
+        images += [(data, index) for index in table.rows.column("index").to_pylist()]
+        keys += [f"{data}: {key}" for key in table.rows.column("key").to_pylist()]
     method = recipe.method
     if method == "auto":
         method = "nearest" if len(seeds) >= recipe.auto_seeds else "clusters"
@@ -195,11 +198,7 @@ def retrieve(work: Work, alive: Integers) -> Made:
     figures: dict[str, Any] = {"method": method, "seeds": len(seeds)}
     if method == "nearest":
         found = nearest_to_seeds(vectors, seeds, recipe.neighbours, resources=work.resources)
-        keys = {data: table.rows.column("key") for data, table in tables.items()}
-        other = [
-            f"{names[source][0]}: {keys[names[source][0]][names[source][1]].as_py()}"
-            for source in found.sources_R.tolist()
-        ]
+        other = [keys[source] for source in found.sources_R.tolist()]
     else:
         count = min(len(alive), recipe.clusters or min(100_000, max(1, round(len(alive) ** 0.5))))
         clusters = kmeans(vectors, count, resources=work.resources)
@@ -211,24 +210,24 @@ def retrieve(work: Work, alive: Integers) -> Made:
         cluster_of_seed, _ = assign(seeds, clusters.centroids_KD, resources=work.resources)
         figures |= {"clusters": count, "matched": len(matched)}
         other = [f"cluster {source}" for source in found.sources_R.tolist()]
-    images, order = found.images_R, np.arange(len(found.images_R))
-    if len(images) > recipe.most:  # the most similar
+    retrieved, order = found.images_R, np.arange(len(found.images_R))
+    if len(retrieved) > recipe.most:  # the most similar
         order = np.sort(np.argsort(-found.similarities_R, kind="stable")[: recipe.most])
-        images = images[order]
+        retrieved = retrieved[order]
     kept = np.zeros(len(alive), bool)
-    kept[images] = True
+    kept[retrieved] = True
     first: dict[int, list[int]] = {}  # the most alike of each seed, or of each cluster
     for one in np.argsort(-found.similarities_R[order], kind="stable").tolist():
-        first.setdefault(int(found.sources_R[order[one]]), []).append(int(alive[images[one]]))
+        first.setdefault(int(found.sources_R[order[one]]), []).append(int(alive[retrieved[one]]))
     figures["by_seed"] = []
     for source, rows in list(first.items())[:8]:
         own = [source] if method == "nearest" else np.flatnonzero(cluster_of_seed == source)[:2].tolist()
-        figures["by_seed"].append([[names[seed] for seed in own], rows[: 6 - len(own)]])
+        figures["by_seed"].append([[images[seed] for seed in own], rows[: 6 - len(own)]])
     return pa.concat_tables(
         [
             rows_of(np.concatenate((alive[~kept], without)), "not like a seed"),
             rows_of(
-                alive[images],
+                alive[retrieved],
                 "like a seed",
                 dropped=False,
                 value=found.similarities_R[order],
