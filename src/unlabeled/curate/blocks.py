@@ -35,6 +35,7 @@ Integers = NDArray[np.int64]
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LARGEST_BLOCK = 65536  # rows
+LEAST_MEMORY = 1 << 27  # that searches and joins of any size take
 
 
 def parse_bytes(text: str | int) -> int:

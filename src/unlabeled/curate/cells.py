@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unlabeled.curate.blocks import (
+    LEAST_MEMORY,
     Floats,
     Integers,
     Parts,
@@ -33,7 +34,6 @@ SCORES = 1 << 23  # bytes of one product with all centroids: what a cache holds
 TRAINED_ON = 32  # vectors for each cell that the centroids are found with
 ITERATIONS = 6  # of finding them
 CELLS_OF_A_TASK = 8
-LEAST_MEMORY = 1 << 27
 BYTES_OF_A_ROW = 500  # in memory for each vector: numbers, cell, set, some 50 probes; codes are beside them
 
 

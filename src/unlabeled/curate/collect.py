@@ -193,7 +193,10 @@ def collect(
     fetched = record.column("failure").null_count
     if not fetched:
         first = record.column("reason")[0].as_py()
-        raise UserError(f"None of the {len(listed):,} URLs of {urls} gave an image (the first: {first}).")
+        raise UserError(
+            f"None of the {len(listed):,} URLs of {urls} gave an image (the first: {first}); to try again, choose "
+            "another --out."
+        )
     return Collected(folder, folder / "record", len(listed), fetched, failures)
 
 

@@ -61,8 +61,7 @@ def decontaminate(
 
     pool: (N, D). evaluation: vectors (M, D) by the set's name. threshold: cosine, above 0 and up to 1. groups: (N,),
         the same number for those that are dropped together, such as `Duplicates.component_N`; else each by itself.
-        recall: wanted, of the
-        matches.
+    recall: wanted, of the matches.
     Raises UserError for a threshold out of range or vectors of another width.
     """
     if not 0 < threshold <= 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unlabeled.curate.blocks import parse_bytes
+from unlabeled.curate.blocks import LEAST_MEMORY, parse_bytes
 from unlabeled.pretrain.limits import Limits
 from unlabeled.pretrain.recipe import with_fields
 from unlabeled.pretrain.recipes import read_values
@@ -143,7 +143,7 @@ def resolved(
     overrides: dotted field name ("quality.min_blur") -> value, or its text; None values are left out.
     Raises UserError: unreadable file, unknown field (the near one is suggested), wrong type or range.
     """
-    listed = "docs/curate.md lists all fields"
+    listed = "recipe.toml of any curation lists all fields"
     base = recipe if isinstance(recipe, CurateRecipe) else CurateRecipe()
     if isinstance(recipe, str | Path):
         path = Path(recipe).expanduser()
@@ -187,4 +187,5 @@ def check(recipe: CurateRecipe, where: str) -> None:
     )
     limits.at_least(0, "cluster.count", "cluster.resampling", "retrieve.clusters", "run.workers")
     limits.at_least(1, "retrieve.neighbours", "retrieve.per_cluster", "retrieve.most")
-    parse_bytes(recipe.run.memory)
+    least = f"must be {LEAST_MEMORY >> 20}MB at least"
+    limits.need(parse_bytes(recipe.run.memory) >= LEAST_MEMORY, "run.memory", least)
