@@ -131,8 +131,26 @@ def test_recipes_are_frozen() -> None:
     ("name", "value"),
     [("crops.blur_kernel", 19), ("crops.blur_kernel", 8), ("crops.blur", "0,1.5,0"), ("crops.global_scale", "0,1"),
      ("crops.flip", -0.1), ("crops.global_size", 14 * 1000), ("crops.blur_sigma", "2,1"), ("teacher.momentum", 1.1),
-     ("teacher.temperature", 0), ("loss.student_temperature", 0), ("head.num_prototypes", 0), ("crops.num_locals", -1)],
+     ("teacher.temperature", 0), ("loss.student_temperature", 0), ("head.num_prototypes", 0), ("crops.num_locals", -1),
+     ("model.width", -64), ("model.depth", -1), ("model.num_heads", 5), ("model.num_registers", -1),
+     ("model.layer_scale", -1), ("model.image_size", 3), ("model.norm_eps", 0), ("data.eval_crop", 3),
+     ("crops.brightness", -1), ("crops.hue", 3), ("crops.solarise_threshold", 400), ("loss.dino", -1),
+     ("loss.koleo", -1), ("loss.sinkhorn_iterations", 0), ("loss.mask_probability", 2), ("loss.center_momentum", 2),
+     ("optimizer.lr", -1), ("optimizer.reference_batch", 0), ("optimizer.betas", "1,1"), ("optimizer.clip", -1),
+     ("optimizer.layer_decay", 0), ("run.checkpoint_every", -1), ("run.keep_checkpoints", 0), ("run.workers", -2),
+     ("run.seed", -1), ("run.seed", 2**63)],
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_named(name: str, value: object) -> None:
     with pytest.raises(UserError, match=name):
         override(named_recipe("vits14"), {name: value}, "the command line")
+
+
+def test_losses_that_are_all_left_out_are_refused() -> None:
+    with pytest.raises(UserError, match="nothing to learn from"):
+        override(named_recipe("vits14"), {"loss.dino": 0, "loss.ibot": 0}, "the command line")
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 1), (128, 2), (32, 1), (48, 3), (384, 3)])
+def test_a_width_alone_has_heads_that_divide_it(width: int, heads: int) -> None:
+    config = override(named_recipe("tiny"), {"model.width": width}, "the command line").vit_config()
+    assert (config.width, config.num_heads) == (width, heads)

@@ -111,14 +111,17 @@ def choose(
             reasons.append("ViT-S/14 at 224 pixels: a GPU and photographs")
     else:
         recipe = small_images(side)
-        crops, patch = recipe.crops, recipe.model.patch_size
         why = (
             "images are no larger"
             if side <= 96
             else f"this many pixels are what a {parallel.device.type} is good for"
         )
         if not has_weights:
-            reasons.append(f"4 blocks of width 192, {crops.global_size}-pixel crops, patch {patch}: {why}")
+            asked = with_fields(recipe, values, "the command line", "`unlabeled info recipes` lists all fields")
+            config, size = asked.vit_config(), asked.crops.global_size
+            reasons.append(
+                f"{config.depth} blocks of width {config.width}, {size}-pixel crops, patch {config.patch_size}: {why}"
+            )
     fits = images_that_fit(
         override(recipe, _known(values), "the command line"), device_memory(parallel.device)
     )

@@ -267,7 +267,7 @@ def make_optimizer(method: SelfDistillation) -> torch.optim.AdamW:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of drop path in one step on one rank: no random state has to outlive a step."""
-    return (seed * 1_000_003 + step) * 65_537 + rank
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64
 
 
 def _evaluated(method: SelfDistillation, evaluate: Evaluation) -> dict[str, float]:

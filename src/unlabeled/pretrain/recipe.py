@@ -28,7 +28,7 @@ class ModelRecipe:
     size: str = "vit_small"  # a name in unlabeled.vit.SIZES
     width: int = 0  # 0: the size's own
     depth: int = 0  # blocks; 0: the size's own
-    num_heads: int = 0  # attention heads; 0: the size's own
+    num_heads: int = 0  # attention heads; 0: the size's own, or width / 64 where it does not divide it
     patch_size: int = 14  # pixels
     num_registers: int = 0  # register tokens: 0, or 4 and more (2309.16588)
     drop_path: float = 0.0  # one uniform rate, student only
@@ -162,6 +162,8 @@ class Recipe:
         for name in ("width", "depth", "num_heads", "ffn", "interpolation"):
             if getattr(model, name):
                 overrides[name] = getattr(model, name)
+        if model.width and not model.num_heads and model.width % SIZES[model.size][2]:
+            overrides["num_heads"] = max(1, model.width // 64)
         return vit_config(model.size, **overrides)
 
     def num_ibot_prototypes(self) -> int:
@@ -233,13 +235,26 @@ def check(recipe: Recipe, where: str) -> None:
     limits = Limits(recipe, where)
     need, crops, model = limits.need, recipe.crops, recipe.model
     need(model.size in SIZES, "model.size", f"may be one of {', '.join(SIZES)}")
-    limits.at_least(1, "model.patch_size", "run.steps", "run.batch_size", "run.accumulation")
-    width = recipe.vit_config().width
+    counts = ("run.steps", "run.batch_size", "run.accumulation", "run.keep_checkpoints")
+    limits.at_least(1, "model.patch_size", *counts, "loss.sinkhorn_iterations", "optimizer.reference_batch")
+    limits.at_least(
+        0, *(f"model.{name}" for name in ("width", "depth", "num_heads", "num_registers", "layer_scale"))
+    )
+    limits.above(0, "model.norm_eps")
+    config = recipe.vit_config()
+    width = config.width
+    need(width % config.num_heads == 0, "model.num_heads", f"does not divide the width of {width}")
     need(
         model.positions == "random" or width % 4 == 0,
         "model.positions",
         f"needs a width that 4 divides; it is {width}",
     )
+    for name, size in (("model.image_size", model.image_size), ("data.eval_crop", recipe.data.eval_crop)):
+        need(
+            size == 0 or size >= model.patch_size,
+            name,
+            f"must be 0 or at least a patch of {model.patch_size}",
+        )
     need(0 <= model.drop_path < 1, "model.drop_path", "must lie in [0, 1)")
     need(
         recipe.run.reduce == "float32" or recipe.run.sharding == "fsdp",
@@ -260,7 +275,26 @@ def check(recipe: Recipe, where: str) -> None:
     need(all(0 <= chance <= 1 for chance in crops.blur), "crops.blur", "has probabilities, in [0, 1]")
     kernel = crops.blur_kernel
     need(kernel % 2 == 1 and 1 <= kernel <= 17, "crops.blur_kernel", "must be odd, and at most 17 pixels")
-    limits.at_least(0, "crops.num_locals")
+    limits.at_least(
+        0, "crops.num_locals", *(f"crops.{name}" for name in ("brightness", "contrast", "saturation"))
+    )
+    limits.within(0, 0.5, "crops.hue")
+    limits.within(0, 256, "crops.solarise_threshold")
+    limits.at_least(0, "loss.dino", "loss.ibot", "loss.koleo")
+    need(
+        recipe.loss.dino + recipe.loss.ibot > 0,
+        "loss.dino",
+        "loss.ibot is 0 too: there is nothing to learn from",
+    )
+    limits.within(0, 1, "loss.mask_probability", kind="a share")
+    limits.within(0, 1, "loss.center_momentum")
+    optimizer = ("lr", "final_lr", "weight_decay", "final_weight_decay", "clip", "patch_embed_multiplier")
+    limits.at_least(0, *(f"optimizer.{name}" for name in optimizer))
+    limits.above(0, "optimizer.layer_decay")
+    need(all(0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas", "must lie in [0, 1)")
+    limits.at_least(0, "run.checkpoint_every", "run.health_every", "run.eval_every")
+    limits.at_least(-1, "run.workers")
+    need(0 <= recipe.run.seed < 2**63, "run.seed", "must lie in [0, 2**63)")
     limits.above(0, "teacher.temperature", "teacher.final_temperature", "loss.student_temperature")
     limits.within(0, 1, "teacher.momentum", "teacher.final_momentum")
     heads = ("num_prototypes", "bottleneck", "hidden", "ibot_num_prototypes", "ibot_bottleneck")
