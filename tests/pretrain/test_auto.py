@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unlabeled.errors import UserError
 from unlabeled.images.sources import open_source
 from unlabeled.pretrain import auto
 from unlabeled.pretrain.parallel import Parallel
@@ -51,7 +52,16 @@ def test_memory_decides_batch_and_accumulation(tile_folder: Path, monkeypatch: p
         fits = auto.images_that_fit(recipe, gigabytes * 1e9)
         assert (large.run.batch_size, large.run.accumulation) == (4096, -(-2048 // fits))
         text = "\n".join(reasons)
-        for word in ("prototypes", "momentum", "warm-up", "batch", "steps", "ViT-S/14", "LayerScale"):
+        for word in (
+            "prototypes",
+            "momentum",
+            "warm-up",
+            "batch",
+            "steps",
+            "12 blocks of width 384",
+            "patch 14",
+            "LayerScale",
+        ):
             assert word in text
 
 
@@ -64,3 +74,32 @@ def test_what_fits_follows_what_was_measured() -> None:
     assert auto.images_that_fit(slim, 24e9) > 2 * auto.images_that_fit(recipe, 24e9)
     giant = named_recipe("vitg14")
     assert auto.images_that_fit(giant, 80e9) < auto.images_that_fit(recipe, 80e9)
+
+
+def test_reasons_tell_what_the_user_asked_for(tile_folder: Path) -> None:
+    source = open_source(tile_folder)
+    values = {"model.width": "64", "model.depth": "2", "crops.global_size": "48", "head.num_prototypes": "99",
+              "teacher.momentum": "0.9"}  # fmt: skip
+    text = "\n".join(auto.choose(source, Parallel(), values)[1])
+    for words in ("2 blocks of width 64, 48-pixel crops", "99 prototypes", "momentum from 0.9,"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("run.batch_size", "0"), ("run.batch_size", "many"), ("run.steps", "1e3"), ("crops.global_size", "big")],
+)
+def test_wrong_values_are_one_line_before_anything_is_chosen(
+    tile_folder: Path, name: str, value: str
+) -> None:
+    with pytest.raises(UserError, match=name):
+        auto.choose(open_source(tile_folder), Parallel(), {name: value})
+
+
+def test_crops_follow_the_patch_and_memory_follows_the_crops(tile_folder: Path) -> None:
+    source = open_source(tile_folder)
+    recipe, _ = auto.choose(source, Parallel(), {"model.patch_size": 14})
+    check(override(recipe, {"model.patch_size": 14}, "test"), "test")
+    small, large = (auto.choose(source, Parallel(), {"crops.global_size": size})[1] for size in (32, 320))
+    held = [int(line.split("hold ")[1].split()[0]) for line in (small[3], large[3])]
+    assert held[1] < held[0] / 20

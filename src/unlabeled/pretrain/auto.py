@@ -16,13 +16,15 @@ from unlabeled.pretrain.crops import CropRecipe
 from unlabeled.pretrain.method import Network
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import (
+    ALL_FIELDS,
     HeadRecipe,
     ModelRecipe,
     OptimizerRecipe,
     Recipe,
     RunRecipe,
     TeacherRecipe,
-    override,
+    check,
+    with_fields,
 )
 from unlabeled.pretrain.targets import AT_ONCE
 
@@ -105,33 +107,27 @@ def choose(
     count, side = len(source), median_side(source)
     on_gpu = parallel.device.type == "cuda"
     reasons = [f"{count} images, median short side {side} pixels, on {parallel.device} x {parallel.world}"]
-    if on_gpu and side > 96:
-        recipe = _photographs(count)
-        if not has_weights:
-            reasons.append("ViT-S/14 at 224 pixels: a GPU and photographs")
-    else:
-        recipe = small_images(side)
-        why = (
-            "images are no larger"
-            if side <= 96
-            else f"this many pixels are what a {parallel.device.type} is good for"
-        )
-        if not has_weights:
-            asked = with_fields(recipe, values, "the command line", "`unlabeled info recipes` lists all fields")
-            config, size = asked.vit_config(), asked.crops.global_size
-            reasons.append(
-                f"{config.depth} blocks of width {config.width}, {size}-pixel crops, patch {config.patch_size}: {why}"
-            )
-    fits = images_that_fit(
-        override(recipe, _known(values), "the command line"), device_memory(parallel.device)
-    )
+    recipe = _photographs(count) if on_gpu and side > 96 else small_images(side)
+    asked = _asked(recipe, values)
+    if "model.patch_size" in values and asked.model.patch_size > 0:
+        recipe = dataclasses.replace(recipe, crops=recipe.crops.fitted(asked.model.patch_size))
+    # Weights, or a teacher, bring a patch that the crops are fitted to later.
+    early = {name: value for name, value in values.items() if not name.startswith("crops.")}
+    check(_asked(recipe, early if has_weights or "teacher.model" in values else values), "the command line")
+    asked = _asked(recipe, values)
+    if not has_weights and recipe.name == "photographs":
+        reasons.append(f"{_shape(asked)}: a GPU and photographs")
+    elif not has_weights:
+        pixels = f"this many pixels are what a {parallel.device.type} is good for"
+        reasons.append(f"{_shape(asked)}: {'images are no larger' if side <= 96 else pixels}")
+    fits = images_that_fit(asked, device_memory(parallel.device))
     automatic = (
         min(fits, LARGEST_BATCH) * parallel.world if recipe.name == "photographs" else recipe.run.batch_size
     )
-    batch = int(values.get("run.batch_size", automatic))
+    batch = asked.run.batch_size if "run.batch_size" in values else automatic
     accumulation = math.ceil(batch / parallel.world / fits)
     default = int(np.clip(20 * count / batch, 1000, 5000 if not on_gpu else 125_000))
-    steps = int(values.get("run.steps", default))
+    steps = asked.run.steps if "run.steps" in values else default
     reasons.append(
         f"{steps} steps of {batch} images: "
         + ("as asked" if "run.steps" in values else f"{steps * batch / count:.1f} passes over the images")
@@ -147,10 +143,11 @@ def choose(
             teacher=dataclasses.replace(recipe.teacher, momentum=0.98),
         )
         reasons.append(f"LayerScale starts at 0.1: fewer than {SHORT_RUN} steps cannot wait for it")
-    teacher, optimizer = recipe.teacher, recipe.optimizer
+    asked = _asked(recipe, values)
+    teacher, optimizer = asked.teacher, asked.optimizer
     why = "short" if steps < SHORT_RUN else "long"
     reasons += [
-        f"{recipe.head.num_prototypes} prototypes: for {count} images",
+        f"{asked.head.num_prototypes} prototypes: for {count} images",
         f"teacher momentum from {teacher.momentum}, as for a {why} run; warm-up of the learning rate over "
         f"{optimizer.warmup:.0%} of it, of the teacher's temperature over {teacher.temperature_warmup:.0%}",
     ]
@@ -169,9 +166,14 @@ def _photographs(count: int) -> Recipe:
     )
 
 
-def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """The user's fields that say how much memory an image takes."""
-    return {name: value for name, value in values.items() if name.split(".")[0] in ("model", "head", "loss")}
+def _asked(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with the user's own fields, not yet checked."""
+    return with_fields(recipe, values, "the command line", ALL_FIELDS)
+
+
+def _shape(recipe: Recipe) -> str:
+    config, size = recipe.vit_config(), recipe.crops.global_size
+    return f"{config.depth} blocks of width {config.width}, {size}-pixel crops, patch {config.patch_size}"
 
 
 def device_memory(device: torch.device) -> float:

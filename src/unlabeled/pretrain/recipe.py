@@ -17,6 +17,7 @@ from unlabeled.pretrain.limits import Limits
 from unlabeled.vit_config import SIZES, VitConfig, vit_config
 
 LARGEST_CROP = 8192  # pixels
+ALL_FIELDS = "`unlabeled info recipes` lists all fields"
 
 AnyRecipe = TypeVar("AnyRecipe")
 
@@ -196,7 +197,7 @@ def override(recipe: Recipe, values: dict[str, Any], where: str) -> Recipe:
     Raises:
         UserError: a name is unknown, a value has the wrong type, or is out of its range.
     """
-    recipe = with_fields(recipe, values, where, "`unlabeled info recipes` lists all fields")
+    recipe = with_fields(recipe, values, where, ALL_FIELDS)
     check(recipe, where)
     return recipe
 
