@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 2000  # images searched for neighbours
 
 
-def write_pictures(run: Path, data: str | Path | None = None) -> list[Path]:
+def write_pictures(run: Path, data: str | Path | None = None, side: int | None = None) -> list[Path]:
     """Write RUN/pictures: losses.png, neighbours.png, patch_pca.png.
 
     Args:
         run: a finished run's folder.
         data: images for the last two; the run's own by default.
+        side: pixels that these are seen at, and twice that for the patches; the global crop's by default.
 
     Returns:
         The files.
@@ -39,7 +40,7 @@ def write_pictures(run: Path, data: str | Path | None = None) -> list[Path]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     model = load_model(str(run))
     source = open_source(data or recipe.data.train)
-    side = recipe.crops.global_size
+    side = side or recipe.crops.global_size
     figures = {
         "losses.png": loss_curves(rows),
         "neighbours.png": neighbours(model, source, side),
