@@ -2,6 +2,8 @@
 
 import io
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from unlabeled.cli import main
 from unlabeled.curate import copy_detector
 from unlabeled.curate.copies import TRANSFORMATIONS
 from unlabeled.curate.copy_detector import DetectorRecipe, load_detector, train_copy_detector, with_options
@@ -147,12 +150,22 @@ def test_what_is_wrong_is_said_in_one_line(tile_folder: Path, tmp_path: Path) ->
         load_detector(tmp_path / "one")
 
 
-def test_an_unreadable_image_is_named_and_another_taken(tile_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
+def test_the_command_names_an_unreadable_image_and_takes_another(
+    tile_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data [b] of mine", tmp_path / "out [b] of mine"
+    data.mkdir()
     for number, path in enumerate(sorted(tile_folder.rglob("*.png"))[:5]):
-        (tmp_path / "data" / f"{number}.png").write_bytes(path.read_bytes())
-    (tmp_path / "data" / "bad.jpg").write_bytes(b"\xff\xd8\xff no image")
-    out = train_copy_detector(
-        tmp_path / "data", tmp_path / "out", recipe=replace(SMALL, steps=2), device="cpu", console=quiet()
-    )
+        (data / f"{number}.png").write_bytes(path.read_bytes())
+    (data / "bad.jpg").write_bytes(b"\xff\xd8\xff no image")
+    options = ["--steps", "2", "--batch-size", "4", "--size", "32", "--depth", "1", "--device", "cpu"]
+    words = ["unlabeled", "curate", "train-copy-detector", str(data), "--out", str(out), *options]
+    monkeypatch.setattr(sys, "argv", words)
+    main()
     assert "bad.jpg" in (out / "bad_files.jsonl").read_text()
+    said = capsys.readouterr()
+    lines = (said.out + said.err).splitlines()
+    assert f"1 image could not be read: {out}/bad_files.jsonl" in lines
+    assert f"{out}: a copy detector of 2 steps, which is a MODEL" in lines
+    following = next(line for line in lines if line.startswith("next: "))
+    assert shlex.split(following)[1:5] == ["unlabeled", "curate", "duplicates", str(data)]

@@ -45,6 +45,8 @@ def train_copy_detector(
         patch_size=patch_size, size=backbone, depth=depth, lr=lr, temperature=temperature, entropy=entropy, seed=seed,
     )  # fmt: skip
     folder = copy_detector.train_copy_detector(data, out, recipe=recipe, device=device, console=terminal)
+    trained = f"{folder}: a copy detector of {recipe.steps:,} steps, which is a MODEL"
+    terminal.print(trained, highlight=False, markup=False, soft_wrap=True)
     seen = recipe.views.size
     say_next(
         terminal, "unlabeled", "curate", "duplicates", data, "--model", str(folder), "--features.size", str(seen),

@@ -240,7 +240,9 @@ def _train(
             if stopping and done < recipe.steps:
                 raise StoppedBySignal(received[0], f"stopped after step {done}; the same command goes on")
     if report.count:
-        console.print(f"{report.count} images could not be read: {report.path}", highlight=False)
+        images = "image" if report.count == 1 else "images"
+        said = f"{report.count:,} {images} could not be read: {report.path}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def _groups(network: VisionTransformer, weight_decay: float) -> list[dict[str, Any]]:
