@@ -17,9 +17,10 @@ from transformers import AutoModel
 import unlabeled
 from tests.finetune.conftest import Result, small_model
 from unlabeled.dense.labelled import read_depth
+from unlabeled.errors import UserError
 from unlabeled.features.engines import weights_hash
 from unlabeled.finetune.heads import LinearHead
-from unlabeled.finetune.saved import load_head
+from unlabeled.finetune.saved import load_head, read_info
 from unlabeled.weights.huggingface import save_huggingface
 
 Runner = Callable[..., Result]
@@ -405,3 +406,11 @@ def test_resuming_what_is_not_the_same(
     assert "no training to go on with" in run_main("finetune", "--resume", tmp_path).err
     failed = run_main("finetune", data, "--model", model_folder, "--out", head_folder)
     assert failed.status == 2 and "exists and is not empty" in failed.err
+
+
+def test_the_command_that_goes_on_can_be_pasted_where_a_folder_has_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "my head"
+    folder.mkdir()
+    (folder / "recipe.json").write_text("{}")
+    with pytest.raises(UserError, match=f"unlabeled finetune --resume '{folder}'"):
+        read_info(folder)

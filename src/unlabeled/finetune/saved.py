@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -232,7 +233,7 @@ def read_info(folder: Path) -> HeadInfo:
     if not place.exists():
         hint = "it is a MODEL: unlabeled finetune makes a head" if (folder / "config.json").exists() else (
             "unlabeled finetune makes one" if not (folder / "recipe.json").exists() else
-            f"its training is not over: unlabeled finetune --resume {folder}"
+            f"its training is not over: unlabeled finetune --resume {shlex.quote(str(folder))}"
         )  # fmt: skip
         raise UserError(f"{folder} holds no trained head (no head.json); {hint}.")
     held = read_json(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -170,7 +171,7 @@ def finetune(
         trained = train_head(
             network, cast(TrainableHead, fresh), opened.train, loss_of(plan["task"], recipe, opened), recipe,
             validation=validation, folder=folder, device=device, report=report, console=console,
-            again=f"unlabeled finetune --resume {folder}", num_classes=len(opened.classes),
+            again=f"unlabeled finetune --resume {shlex.quote(str(folder))}", num_classes=len(opened.classes),
         )  # fmt: skip
     if plan["backbone"] == "lora":
         merge_adapters(network)

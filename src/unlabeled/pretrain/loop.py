@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -223,7 +224,7 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
             checkpoints.check()
             if stopping and not is_last:
                 number = received[0] if received else signal.SIGTERM
-                again = f"unlabeled pretrain --resume {folder}"
+                again = f"unlabeled pretrain --resume {shlex.quote(str(folder))}"
                 checkpoints.wait()
                 raise StoppedBySignal(number, f"stopped after step {done}; go on with: {again}")
             rows.go_on()
