@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
 
 MAX_CANDIDATES = 2000  # images searched for neighbours
+LONGEST = 4  # times its short side, what is shown of an image: its patches attend to each other
 
 
 def write_pictures(run: Path, data: str | Path | None = None, side: int | None = None) -> list[Path]:
@@ -134,7 +135,7 @@ def _key(source: Source, index: int) -> str | None:
 def pca(model: VisionTransformer, source: Source, side: int, num_images: int = 8) -> Figure:
     """Images above the first three principal components of their patch tokens, as red, green and blue."""
     images: list[NDArray[np.uint8]] = []
-    for index in np.linspace(0, len(source) - 1, 4 * num_images).astype(int):
+    for index in np.unique(np.linspace(0, len(source) - 1, 4 * num_images).astype(int)):
         try:
             images.append(_enlarged(decode(source.read(int(index)).data), 2 * side))
         except (BadImage, OSError):
@@ -153,8 +154,12 @@ def pca(model: VisionTransformer, source: Source, side: int, num_images: int = 8
 
 
 def _enlarged(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """An image, of a very long one the middle, with a short side of `side` pixels."""
     from PIL import Image
 
+    most = LONGEST * min(image.shape[:2])
+    top, left = (max(0, length - most) // 2 for length in image.shape[:2])
+    image = image[top : top + most, left : left + most]
     height, width = image.shape[:2]
     scale = side / min(height, width)
     size = (round(width * scale), round(height * scale))

@@ -1,0 +1,24 @@
+"""The pictures of a run."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unlabeled.images.sources import open_source
+from unlabeled.pretrain.pictures import neighbours, pca
+from unlabeled.vit import VisionTransformer, VitConfig
+
+
+def test_very_long_images_are_shown_by_their_middle(tmp_path: Path, photograph: np.ndarray) -> None:
+    """A strip of 3000 x 3 pixels, enlarged whole, was a quarter of a million patches."""
+    tile = Image.fromarray(photograph[:64, :64])
+    for name, size in (("a", (3000, 3)), ("b", (2, 2500)), ("c", (64, 64))):
+        tile.resize(size).save(tmp_path / f"{name}.png")
+    model = VisionTransformer(VitConfig(width=32, depth=1, num_heads=2, patch_size=8, image_size=32)).eval()
+    source = open_source(tmp_path)
+    figure = pca(model, source, 32)
+    assert len(figure.axes) == 2 * 3  # three images are not shown eight times
+    shapes = [axes.images[0].get_array().shape[:2] for axes in figure.axes[:3]]
+    assert shapes == [(64, 256), (256, 64), (64, 64)]
+    assert len(neighbours(model, source, 32).axes) == 9
