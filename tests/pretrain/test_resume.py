@@ -292,6 +292,7 @@ def test_step_seeds_differ() -> None:
         loop.step_seed(seed, step, rank) for seed in range(3) for step in range(200) for rank in range(8)
     }
     assert len(seeds) == 3 * 200 * 8
+    torch.manual_seed(loop.step_seed(2**63 - 1, 10**9, 7))
 
 
 def test_recipe_is_checked_before_anything_is_written(tile_folder: Path, tmp_path: Path) -> None:
@@ -311,3 +312,12 @@ def test_denormal_numbers_are_as_they_were_after_a_run(tile_folder: Path, tmp_pa
             assert bool(torch.tensor(smallest) * 0.5 == 0) is flushed
         finally:
             torch.set_flush_denormal(False)
+
+
+def test_what_changes_in_a_resumed_run_is_kept(tile_folder: Path, tmp_path: Path) -> None:
+    run = run_here(tile_folder, tmp_path / "run", overrides={"run.steps": 2, "run.workers": 0})
+    loop.pretrain(resume=run.path, steps=3, device="cpu", console=QUIET)
+    assert run.recipe.run.steps == len(run.metrics) == 3
+    with pytest.raises(UserError, match="two runs"):
+        loop.pretrain(tile_folder, tmp_path / "other", resume=run.path, device="cpu")
+    assert not (tmp_path / "other").exists()

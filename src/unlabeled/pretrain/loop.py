@@ -125,7 +125,13 @@ def pretrain(
     values = dict(overrides or {}) | {name: value for name, value in named.items() if value is not None}
     if out and begun_by_this_job(Path(out)):
         resume, values = out, {}  # recipe.toml has them all
-    plan = resumed(Path(resume), values) if resume else prepared(out, recipe, values, parallel, console)
+    elif resume and out and Path(out).resolve() != Path(resume).resolve():
+        raise UserError(f"--out {out} and --resume {resume} are two runs: a run is resumed in its own folder")
+    plan = (
+        resumed(Path(resume), values, parallel)
+        if resume
+        else prepared(out, recipe, values, parallel, console)
+    )
     with tuned_for(parallel.device):
         return _train(plan, parallel, evaluation or _evaluation(plan.recipe, parallel), console)
 

@@ -144,12 +144,13 @@ def _job() -> str:
     return "" if name == "none" else name
 
 
-def resumed(folder: Path, values: dict[str, Any]) -> Plan:
-    """A run to go on with.
+def resumed(folder: Path, values: dict[str, Any], parallel: Parallel) -> Plan:
+    """A run to go on with; what changes is written to its recipe.toml, so that it need not be said again.
 
     Args:
         folder: of the run.
         values: fields of `run` and data.train may change; no others.
+        parallel: ranks.
 
     Raises:
         UserError: there is no run, or a field cannot change.
@@ -163,7 +164,12 @@ def resumed(folder: Path, values: dict[str, Any]) -> Plan:
             )
     recipe = override(read_recipe(folder / "recipe.toml"), _with_absolute_paths(values), "the command line")
     start = None if all_checkpoints(folder / "checkpoints") else _loaded(recipe.model.start)
-    return Plan(folder, recipe, open_source(recipe.data.train), start, _loaded(recipe.teacher.model))
+    plan = Plan(folder, recipe, open_source(recipe.data.train), start, _loaded(recipe.teacher.model))
+    parallel.barrier()  # every rank has read the recipe as it was
+    if values and parallel.rank == 0:
+        with writing(folder):
+            write_recipe(recipe, folder / "recipe.toml")
+    return plan
 
 
 _PLACES = ("data.train", "data.evaluation", "data.dense_evaluation", "model.start", "teacher.model")

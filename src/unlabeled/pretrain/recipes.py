@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from unlabeled.atomic import replacing
 from unlabeled.errors import UserError
 from unlabeled.pretrain.crops import CropRecipe
 from unlabeled.pretrain.recipe import (
@@ -124,7 +125,8 @@ def write_recipe(recipe: Any, path: Path) -> None:
     for name, part in sections.items():
         lines += ["", f"[{name}]"]
         lines += [f"{item.name} = {_toml(getattr(part, item.name))}" for item in dataclasses.fields(part)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _toml(value: Any) -> str:
