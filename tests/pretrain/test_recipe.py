@@ -57,9 +57,14 @@ def test_toml_gives_the_recipe_back(name: str, tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "recipe.toml") == recipe
 
 
-def test_an_unknown_recipe_suggests_the_near_name() -> None:
+def test_an_unknown_recipe_suggests_the_near_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean vits14"):
         named_recipe("vit_s14")
+    (tmp_path / "mine.toml").write_text('name = "vitb41"')
+    with pytest.raises(UserError, match=r"mine\.toml has the name vitb41.*did you mean vitb14"):
+        read_recipe(tmp_path / "mine.toml")
+    (tmp_path / "mine.toml").write_text('name = "mine"')
+    assert read_recipe(tmp_path / "mine.toml").name == "mine"
 
 
 @pytest.mark.parametrize(

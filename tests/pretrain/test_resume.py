@@ -300,7 +300,26 @@ def test_recipe_is_checked_before_anything_is_written(tile_folder: Path, tmp_pat
         override(named_recipe("tiny"), {"crops.global_size": 100}, "x")
     with pytest.raises(UserError, match="must be a multiple of the patch"):
         run_here(tile_folder, tmp_path / "run", overrides={"crops.global_size": 33})
+    with pytest.raises(UserError, match="there is nothing at"):
+        run_here(tile_folder, tmp_path / "run", overrides={"data.evaluation": str(tmp_path / "labelled")})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_is_named(
+    tile_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run_here(tile_folder, out, overrides={"run.steps": 4, "run.checkpoint_every": 2})
+    older, newest = checkpoint.all_checkpoints(out / "checkpoints")
+    part = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    with pytest.raises(UserError) as caught:
+        loop.pretrain(resume=out, steps=6, device="cpu", console=QUIET)
+    said = str(caught.value)
+    assert "\n" not in said and "dict_keys" not in said
+    assert said.endswith(f"; remove it to go on from {older.name}")
+    shutil.rmtree(newest)
+    assert loop.pretrain(resume=out, steps=6, device="cpu", console=QUIET).metrics[-1]["step"] == 5
 
 
 def test_denormal_numbers_are_as_they_were_after_a_run(tile_folder: Path, tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ def choose(
     """
     count, side = len(source), median_side(source)
     on_gpu = parallel.device.type == "cuda"
-    reasons = [f"{count} images, median short side {side} pixels, on {parallel.device} x {parallel.world}"]
+    images = f"{count} image{'s' * (count > 1)}"
+    reasons = [f"{images}, median short side {side} pixels, on {parallel.device} x {parallel.world}"]
     recipe = _photographs(count) if on_gpu and side > 96 else small_images(side)
     asked = _asked(recipe, values)
     if "model.patch_size" in values and asked.model.patch_size > 0:

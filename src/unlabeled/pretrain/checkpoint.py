@@ -165,8 +165,10 @@ def load_part(path: Path, state: dict[str, Any], distributed: bool = False) -> N
         with _quiet():
             state_dict_loader.load(state, checkpoint_id=path, no_dist=not distributed)
     except (OSError, KeyError, ValueError, RuntimeError, CheckpointException) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the checkpoint {path} does not load: {first}") from error
+        first = (str(_causes(error)[0]).strip() or repr(error)).splitlines()[0]
+        older = [other.name for other in all_checkpoints(path.parent) if other.name < path.name]
+        again = f"; remove it to go on from {older[-1]}" if older else ""
+        raise UserError(f"the checkpoint {path} does not load: {first}{again}") from error
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -234,11 +236,15 @@ def _one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as error:
-        reasons = [error] if isinstance(error, OSError) else list(error.failures.values())
-        causes = [reason[0] if isinstance(reason, tuple) else reason for reason in reasons]
-        text = str(causes[0]) if causes else str(error)
+        causes = _causes(error)
         _drop_writers([error, *causes])
-        raise UserError(f"{folder} cannot be written: {text}; make room, then resume the run") from error
+        raise UserError(f"{folder} cannot be written: {causes[0]}; make room, then resume the run") from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What torch's checkpoints collect from the ranks, or the error itself."""
+    reasons = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+    return [reason[0] if isinstance(reason, tuple) else reason for reason in reasons] or [error]
 
 
 def _drop_writers(errors: list[BaseException]) -> None:

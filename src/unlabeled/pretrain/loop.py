@@ -26,7 +26,7 @@ from unlabeled.pretrain.health import CollapseWatch, figures
 from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
 from unlabeled.pretrain.parallel import Parallel
-from unlabeled.pretrain.plan import Plan, begun_by_this_job, prepared, resumed
+from unlabeled.pretrain.plan import Plan, begun_by_this_job, prepared, resumed, write_plan
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.recipes import read_recipe
 from unlabeled.pretrain.rows import Rows
@@ -132,8 +132,11 @@ def pretrain(
         if resume
         else prepared(out, recipe, values, parallel, console)
     )
+    evaluate = evaluation or _evaluation(plan.recipe, parallel)
+    if not resume:
+        write_plan(plan, parallel)
     with tuned_for(parallel.device):
-        return _train(plan, parallel, evaluation or _evaluation(plan.recipe, parallel), console)
+        return _train(plan, parallel, evaluate, console)
 
 
 def distill(
@@ -237,7 +240,10 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
             waited_since = time.perf_counter()
     if report.count:
         console.print(
-            f"{report.count} images could not be read: {folder / 'bad_files.jsonl'}", highlight=False
+            f"{report.count} image{'s' * (report.count > 1)} could not be read: {folder / 'bad_files.jsonl'}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     console.print(f"{run.steps} steps in {time.perf_counter() - begun:.0f} s: {folder}", highlight=False)
     return Run(folder)

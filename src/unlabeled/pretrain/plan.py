@@ -54,7 +54,7 @@ def prepared(
     parallel: Parallel,
     console: Console,
 ) -> Plan:
-    """A new run; its recipe.toml is written.
+    """A new run, before anything of it is written (`write_plan`).
 
     Args:
         out: the run folder to make.
@@ -121,13 +121,21 @@ def prepared(
     check(plan, "the recipe")
     for reason in reasons:
         console.print(reason, highlight=False, soft_wrap=True)
-    if parallel.rank == 0:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_recipe(plan, folder / "recipe.toml")
-            (folder / JOB).write_text(_job())
-    parallel.barrier()
     return Plan(folder, plan, source, start, teacher)
+
+
+def write_plan(plan: Plan, parallel: Parallel) -> None:
+    """Make the run's folder and write its recipe.toml.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if parallel.rank == 0:
+        with writing(plan.folder):
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            write_recipe(plan.recipe, plan.folder / "recipe.toml")
+            (plan.folder / JOB).write_text(_job())
+    parallel.barrier()
 
 
 def begun_by_this_job(folder: Path) -> bool:

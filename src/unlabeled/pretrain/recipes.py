@@ -160,7 +160,9 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UserError: unreadable file, unknown name or field, wrong type.
     """
-    values = read_values(path)
-    name = values.get("name", "vits14")
-    base = _named().get(str(name), Recipe(name=str(name)))
-    return override(base, values, str(path))
+    values, named = read_values(path), _named()
+    name = str(values.get("name", "vits14"))
+    near = difflib.get_close_matches(name, named, 1, cutoff=0.8)
+    if near and name not in named:
+        raise UserError(f"{path} has the name {name}, which no recipe has: did you mean {near[0]}?")
+    return override(named.get(name, Recipe(name=name)), values, str(path))
