@@ -71,11 +71,18 @@ class Texture:
         return colours
 
     def joints(self, uv_P2: Floats, footprint_P: Floats) -> Floats:
-        """Return the share (P,) of what a pixel sees that is joint: of the nearer one of its row's and its column's."""
-        away_P: Floats = self.tile * np.abs(uv_P2 / self.tile - np.round(uv_P2 / self.tile)).min(1)
-        seen_P = np.maximum(footprint_P, NEAR)
-        overlap_P = ((JOINT + seen_P) / 2 - away_P).clip(0)
-        share_P: Floats = np.minimum(overlap_P, np.minimum(JOINT, seen_P)) / seen_P
+        """Return the share (P,) of what a pixel sees that is joint: across the rows or the columns, what is more."""
+        seen_P1 = np.maximum(footprint_P, NEAR)[:, None]
+
+        def covered(places_P2: Floats) -> Floats:
+            """Metres of joint from the middle of the one at 0 to a place."""
+            nearest_P2 = np.round(places_P2 / self.tile)
+            within_P2 = (places_P2 - self.tile * nearest_P2).clip(-JOINT / 2, JOINT / 2)
+            metres_P2: Floats = JOINT * nearest_P2 + within_P2
+            return metres_P2
+
+        share_P2 = (covered(uv_P2 + seen_P1 / 2) - covered(uv_P2 - seen_P1 / 2)) / seen_P1
+        share_P: Floats = share_P2.max(1)
         return share_P
 
 
