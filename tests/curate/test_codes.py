@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlabeled.curate import codes as module
+from unlabeled.curate import margin
 from unlabeled.curate._near import near_rows
 from unlabeled.curate.blocks import Resources, Rows
 from unlabeled.curate.codes import NOTHING, coded, codes_of
@@ -94,6 +95,17 @@ def test_more_pairs_than_there_is_room_for(tmp_path, monkeypatch):
     codes = coded(rows, False, tmp_path, Resources())
     found = pairs_of(codes, np.arange(333), np.arange(100), 0.99)
     assert len({tuple(pair) for pair in found.tolist()}) == len(found) == 33300
+
+
+def test_of_thousands_of_copies_the_sample_takes_some(tmp_path, monkeypatch):
+    """All pairs of all its queries would be gigabytes where half of a million images are copies of one."""
+    monkeypatch.setattr(module, "ROOM", 4096)
+    rows = Rows(np.ones((9000, 16), np.float32))
+    codes = coded(rows, False, tmp_path, Resources())
+    place, row, _ = margin._pairs_above(rows, codes, np.arange(512), 0.9, Resources())
+    counts = np.bincount(place, minlength=512)
+    assert (counts >= margin.PAIRS_OF_A_QUERY).all() and (counts < margin.PAIRS_OF_A_QUERY + 16).all()
+    assert (row != place).all()
 
 
 def test_what_does_not_fit_is_refused():

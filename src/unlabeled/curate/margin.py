@@ -155,13 +155,16 @@ def _compare_block(context: _Queries, span: tuple[int, int]) -> tuple[Integers, 
     """Pairs of queries with a block of rows: place among the queries, row and cosine."""
     columns = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
     queries = context.numbers_Q
+    counts_Q = np.zeros(len(queries), np.int64)
     for row, place in context.codes.near(np.arange(*span), queries, context.threshold):
         row = row + span[0]
-        other = row != queries[place]
-        row, place = row[other], place[other]
+        # Of thousands of copies a block gives some: all of them, of every query, would not fit into memory.
+        kept = (row != queries[place]) & (counts_Q[place] < PAIRS_OF_A_QUERY)
+        row, place = row[kept], place[kept]
         cosine = cosines_of(context.rows, queries[place], row)
         above = cosine >= context.threshold - ROUNDING
         columns.append((place[above], row[above], cosine[above]))
+        counts_Q += np.bincount(place[above], minlength=len(queries))
     context.rows.release()
     places, rows, cosines = (np.concatenate(column) for column in zip(*columns, strict=True))
     return places, rows, cosines
