@@ -121,7 +121,7 @@ def photographs() -> list[Path]:
 
 
 def demo_recipe() -> Recipe:
-    """Two to three minutes on two free cores with AVX2; the number of steps is the same everywhere."""
+    """Three minutes on two cores with AVX2; the number of steps is the same everywhere."""
     from unlabeled.pretrain.auto import small_images
 
     return override(replace(small_images(TILE), name="demo"), DEMO, "the demo")
