@@ -35,17 +35,7 @@ def scenes(
     )
     said = f"{made.out}: {made.train:,} training and {made.test:,} test images, {made.images_per_second:.1f} images/s"
     terminal.print(said, highlight=False, markup=False, soft_wrap=True)
-    say_next(
-        terminal,
-        "unlabeled",
-        "finetune",
-        f"{made.out}/train",
-        "--task",
-        "depth",
-        "--model",
-        "MODEL",
-        "--out",
-        "runs/depth",
-    )
+    rest = ("--task", "depth", "--model", "MODEL", "--out", "runs/depth")
+    say_next(terminal, "unlabeled", "finetune", f"{made.out}/train", *rest)
     if as_json:
         print_json(made._asdict() | {"out": str(made.out), "seconds": round(made.seconds, 2)})

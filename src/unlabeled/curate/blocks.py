@@ -319,3 +319,10 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Return what `save_arrays` wrote."""
     with np.load(path) as held:
         return dict(held)
+
+
+def load_one(path: Path, name: str) -> NDArray[Any]:
+    """Return one of the arrays that `save_arrays` wrote; the others are not read."""
+    with np.load(path) as held:
+        array: NDArray[Any] = held[name]
+    return array

@@ -21,6 +21,7 @@ from unlabeled.curate.blocks import (
     Resources,
     Rows,
     load_arrays,
+    load_one,
     save_array,
     save_arrays,
     spans,
@@ -126,7 +127,7 @@ def lay_out(rows: Rows, centroids_KD: Floats, reach: float, folder: Path, resour
     layout = _Layout(rows, centroids_KD, between_KK, reach, folder)
     held = 12 * size * width + 6 * SCORES
     files = resources.written(_assign_block, layout, folder, "probing-{:06d}.npz", blocks, held)
-    labels = np.concatenate([load_arrays(file)["labels"] for file in files])
+    labels = np.concatenate([load_one(file, "labels") for file in files])
     order = np.argsort(labels, kind="stable")
     probing, bounds = _probing(files, order, k)
     return Cells(order, labels[order], _starts(np.bincount(labels, minlength=k)), probing, bounds)
@@ -138,7 +139,7 @@ def _probing(files: list[Path], order_N: Integers, k: int) -> tuple[NDArray[np.i
     places[order_N] = np.arange(len(order_N), dtype=np.int32)
     counts = np.zeros(k, np.int64)
     for file in files:
-        counts += load_arrays(file)["counts"]
+        counts += load_one(file, "counts")
     bounds = _starts(counts)
     probing = np.empty(bounds[-1], np.int32)
     row, free = 0, bounds[:-1].copy()

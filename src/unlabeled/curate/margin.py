@@ -16,7 +16,7 @@ from unlabeled.curate.brute_force import by_brute_force
 from unlabeled.curate.cells import Cells
 from unlabeled.curate.codes import ROOM, Codes
 from unlabeled.curate.products import LOOKED_AT, ROUNDING, cosines_of
-from unlabeled.curate.recall import Recall, lower_bounds
+from unlabeled.curate.recall import Recall, is_enough, lower_bounds
 
 EXACT = 0.5  # share of the distance at which no pair is missed
 QUERIES = (512, 512, 1024, 2048)  # of the sample, in turns until it has PAIRS
@@ -55,7 +55,7 @@ def drawn_pairs(
         right, cosine = np.concatenate((right, found[1][kept])), np.concatenate((cosine, found[2][kept]))
         done = min(len(drawn), done + more)
     above = len(query)
-    if done and recall < 1 and not _is_enough(int((query % 2 == 0).sum()), recall):
+    if done and recall < 1 and not is_enough(int((query % 2 == 0).sum()), recall):
         alone = np.setdiff1d(np.arange(done), query)
         nearest = _nearest_others(short, drawn[alone], resources)
         query, right = np.concatenate((query, alone)), np.concatenate((right, nearest))
@@ -79,11 +79,6 @@ def drawn_pairs(
         "query": query,
         "queries": np.array(done),
     }
-
-
-def _is_enough(pairs: int, recall: float) -> bool:
-    """Whether so many pairs, were all of them found, would say that the recall is the wanted one."""
-    return bool(lower_bounds(np.array([pairs]), pairs)[0] >= recall)
 
 
 def _pairs_above(
@@ -123,7 +118,7 @@ def chosen_margin(sample: dict[str, NDArray[Any]], recall: float) -> float:
     needed = sample["needed"][chooses & sample["is_above"]]
     if recall == 1 or not chooses.any():
         return EXACT
-    if not _is_enough(len(needed), recall):
+    if not is_enough(len(needed), recall):
         needed = sample["needed"][chooses]
     needed = np.sort(needed)[::-1]
     missed = np.arange(len(needed))

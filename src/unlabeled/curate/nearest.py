@@ -32,7 +32,7 @@ from unlabeled.curate.cells import (
 )
 from unlabeled.curate.kmeans import NO_LIMITS
 from unlabeled.curate.products import ROUNDING
-from unlabeled.curate.recall import Recall, lower_bounds
+from unlabeled.curate.recall import Recall, is_enough, lower_bounds
 from unlabeled.errors import UserError
 
 SAMPLE = 1024  # queries: the first half chooses the number of probes, the second measures
@@ -149,7 +149,7 @@ def _chosen(
     )
     chooses = query % 2 == 0
     chosen = ranks[chooses & is_near]
-    if lower_bounds(np.array([len(chosen)]), len(chosen))[0] < recall:
+    if not is_enough(len(chosen), recall):
         chosen = ranks[chooses]
     chosen = np.sort(chosen)[::-1]
     hits = len(chosen) - np.arange(len(chosen))

@@ -46,3 +46,8 @@ def lower_bounds(hits: Integers, trials: int) -> NDArray[np.float64]:
         hits > 0, betaincinv(np.maximum(hits, 1), trials - hits + 1, 0.05), 0
     )
     return result
+
+
+def is_enough(pairs: int, recall: float) -> bool:
+    """Whether so many pairs, were all of them found, would say that the recall is the wanted one."""
+    return bool(lower_bounds(np.array([pairs]), pairs)[0] >= recall)
