@@ -41,3 +41,15 @@ print(*(name for name in ("torch._dynamo", "sympy", "transformers") if name in s
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--lr", "did you mean --optimizer.lr?"), ("--resum", "--resume"), ("--zzz", "No such option: --zzz")],
+)
+def test_an_option_that_is_a_field_is_told_its_section(option: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "pretrain", "a", option, "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[0]

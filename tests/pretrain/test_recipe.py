@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from unlabeled.errors import UserError
 from unlabeled.pretrain.auto import filled
+from unlabeled.pretrain.field_names import nearest_field
 from unlabeled.pretrain.recipe import Recipe, field_types, override
 from unlabeled.pretrain.recipes import FITTED, RECIPE_NAMES, named_recipe, read_recipe, write_recipe
 
@@ -70,7 +71,7 @@ def test_an_unknown_recipe_suggests_the_near_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "word"),
     [
-        ("optimizer.learning_rate", 1e-3, "no recipe has"),
+        ("optimizer.learning_rate", 1e-3, r"no recipe has: did you mean optimizer\.lr"),
         ("optimiser.lr", 1e-3, "optimizer.lr"),
         ("lr", 1e-3, "optimizer.lr"),
         ("run.stepz", 3, "run.steps"),
@@ -79,7 +80,8 @@ def test_an_unknown_recipe_suggests_the_near_name(tmp_path: Path) -> None:
         ("run.steps", 0, "at least 1"),
         ("run.compile", "perhaps", "true or false"),
         ("loss.targets", "softmax", "sinkhorn, centering"),
-        ("crops.global_scale", "0.3", "2 numbers"),
+        ("crops.global_scale", "0.3", "2 numbers, as 0.1,0.5"),
+        ("crops.blur", "0.3", "3 numbers, as 0.1,0.5,0.9"),
         ("optimizer.lr", "nan", "finite"),
         ("model.size", "vit_huge", "vit_small"),
         ("crops.local_size", 97, "98 is|84 is"),
@@ -100,6 +102,18 @@ def test_text_and_value_mean_the_same(rate: float, steps: int, flag: bool) -> No
     texts = {name: repr(value) for name, value in values.items()}
     base = named_recipe("vits14")
     assert override(base, values, "a") == override(base, texts, "b")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("optimizer.learning-rate", "optimizer.lr"), ("run.lr", "optimizer.lr"), ("wd", "optimizer.weight_decay"),
+     ("optimizer.momentum", "teacher.momentum"), ("teacher.ema", "teacher.momentum"), ("run.epochs", "run.steps"),
+     ("model.widht", "model.width"), ("model.patch", "model.patch_size"), ("model.drop_rate", "model.drop_path"),
+     ("run.batchsize", "run.batch_size"), ("crops.locals", "crops.num_locals"), ("data.eval", "data.evaluation"),
+     ("batch-size", "run.batch_size"), ("data.trian", "data.train"), ("model.x", None), ("nonsense", None)],
+)  # fmt: skip
+def test_the_field_that_is_meant(wrong: str, meant: str | None) -> None:
+    assert nearest_field(wrong, field_types(Recipe())) == meant
 
 
 def test_tuples_and_short_forms() -> None:

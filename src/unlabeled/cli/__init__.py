@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -29,6 +30,7 @@ for group in (
     import_module(f"unlabeled.cli.{group}")
 
 
+RECIPE_COMMANDS = ("pretrain", "distill")  # take the fields of a pretraining recipe
 STOPPED = 130  # exit status after Ctrl-C, as shells have it
 
 
@@ -84,11 +86,24 @@ def main() -> None:
     except Exception as error:
         # typer and click each have their own class for an error of use.
         if hasattr(error, "format_message"):
-            sys.exit(_said(error.format_message()))
+            sys.exit(_said(_meant(error) or error.format_message()))
         if hasattr(error, "number"):
-            print(error, file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # of many ranks one says so
+                print(error, file=sys.stderr)
             sys.exit(128 + error.number)
         raise
+
+
+def _meant(error: Any) -> str:
+    """What to say of an option that is a recipe's field without its section (--lr), or "" of other errors."""
+    command, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if option is None or command is None or command.info_name not in RECIPE_COMMANDS:
+        return ""
+    from unlabeled.pretrain.field_names import nearest_field
+    from unlabeled.pretrain.recipe import Recipe, field_types
+
+    field = nearest_field(option.removeprefix("--"), field_types(Recipe()))
+    return f"No such option: {option}; did you mean --{field}?" if field else ""
 
 
 def _said(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
 import types
@@ -13,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from unlabeled.errors import UserError
 from unlabeled.pretrain.crops import CropRecipe
+from unlabeled.pretrain.field_names import nearest_field
 from unlabeled.pretrain.limits import Limits
 from unlabeled.vit_config import SIZES, VitConfig, vit_config
 
@@ -217,10 +217,8 @@ def with_fields(recipe: AnyRecipe, values: dict[str, Any], where: str, listed: s
     kinds = field_types(recipe)
     for name, value in values.items():
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1, cutoff=0.5)
-            last = [known for known in kinds if known.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-            guess = (last or near or [None])[0]
-            hint = f"did you mean {guess}?" if guess else listed
+            near = nearest_field(name, kinds)
+            hint = f"did you mean {near}?" if near else listed
             raise UserError(f"{where} sets {name}, which no recipe has: {hint}")
         recipe = _replaced(recipe, name, _converted(name, value, kinds[name], where))
     return recipe
@@ -323,7 +321,7 @@ def _converted(name: str, value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)) and (len(value) == len(arguments) or arguments[-1] is ...):
             one = arguments[0]
             return tuple(_converted(name, item, one, where) for item in value)
-        wanted = f"{len(arguments)} numbers, as 0.1,0.5"
+        wanted = f"{len(arguments)} numbers, as {','.join(('0.1', '0.5', '0.9')[: len(arguments)])}"
     elif origin is types.UnionType:
         if value is None or value == "none":
             return None
