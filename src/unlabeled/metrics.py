@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class Metrics:
     def __init__(self, folder: Path, start: int, writes: bool) -> None:
         self.writer: SummaryWriter | None = None
         self.file = None
+        self.hook = threading.excepthook
         if not writes:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -41,11 +43,24 @@ class Metrics:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
 
     def __enter__(self) -> Metrics:
+        self.hook, threading.excepthook = threading.excepthook, self._in_thread
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self._close(error)
+        finally:
+            threading.excepthook = self.hook
+
+    def _in_thread(self, error: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands a full disk on to `add`, and raises it too: said once is enough."""
+        is_theirs = type(error.thread).__module__.startswith("tensorboard")
+        if not (is_theirs and isinstance(error.exc_value, OSError)):
+            self.hook(error)
+
+    def _close(self, error: BaseException | None) -> None:
         if not (self.file and self.writer):
             return
         for part in (self.file, self.writer):

@@ -1,6 +1,8 @@
 """Against transformers, both ways, on random weights; through from_pretrained and save_pretrained only."""
 
+import errno
 import json
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 from unlabeled.errors import UserError
 from unlabeled.images.transform import evaluation_transform, normalize
 from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.weights.files import write_tensors
 from unlabeled.weights.huggingface import load_huggingface, save_huggingface
 from unlabeled.weights.load import load_model
 
@@ -206,12 +209,23 @@ def test_saving_replaces_whole_files_only(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("unlabeled.weights.huggingface.save_file", disk_full)
+        patch.setattr("unlabeled.weights.huggingface.write_tensors", disk_full)
         with pytest.raises(OSError, match="No space left"):
             save_huggingface(second, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     save_huggingface(second, tmp_path)
     assert torch.equal(load_model(tmp_path).pos_embed, second.pos_embed)
+
+
+def test_a_write_that_fails_has_its_number(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_tensors({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unlabeled.dense import inference
@@ -39,7 +38,7 @@ from unlabeled.finetune.examples import map_preprocessing
 from unlabeled.finetune.heads import KnnHead, LinearHead
 from unlabeled.images.transform import normalize
 from unlabeled.vit import VisionTransformer
-from unlabeled.weights.files import check_keys, read_json, read_tensors, replacing
+from unlabeled.weights.files import check_keys, read_json, read_tensors, replacing, write_tensors
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
 
@@ -184,7 +183,7 @@ def save_head(
         if copy_backbone:
             save_huggingface(model, folder / "model")
         with replacing(folder / "head.safetensors") as part:
-            save_file(state, part)
+            write_tensors(state, part)
         with replacing(folder / "head.json") as part:
             held = {"format": FORMAT} | dataclasses.asdict(info)
             part.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")

@@ -51,12 +51,19 @@ class Checkpoints:
         method: what is written.
         optimizer: its state too.
         keep: how many of the latest are kept.
+        num_images: of the source, noted with each; see `num_images_of`.
     """
 
     def __init__(
-        self, folder: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer, keep: int
+        self,
+        folder: Path,
+        method: SelfDistillation,
+        optimizer: torch.optim.Optimizer,
+        keep: int,
+        num_images: int,
     ) -> None:
         self.folder, self.method, self.optimizer, self.keep = folder, method, optimizer, keep
+        self.num_images = num_images
         parallel, on_gpu = method.parallel, method.parallel.device.type == "cuda"
         # The thread's messages have a group of their own: the training's come in another order.
         self.group = dist.new_group(backend="gloo") if parallel.distributed else None
@@ -122,7 +129,8 @@ class Checkpoints:
                     state, checkpoint_id=partial, process_group=self.group, no_dist=self.group is None
                 )
             if parallel.rank == 0:
-                (partial / "state.json").write_text(json.dumps({"step": step}))
+                state_json = {"step": step, "num_images": self.num_images}
+                (partial / "state.json").write_text(json.dumps(state_json))
                 _flush(partial)
                 shutil.rmtree(target, ignore_errors=True)
                 partial.replace(target)
@@ -153,6 +161,12 @@ def load(path: Path, method: SelfDistillation, optimizer: torch.optim.Optimizer)
     method.dino_center.load_state_dict(state["dino_center"])
     method.ibot_center.load_state_dict(state["ibot_center"])
     return int(json.loads((path / "state.json").read_text())["step"])
+
+
+def num_images_of(path: Path) -> int | None:
+    """How many images the source had when a checkpoint was written, which the order of all later ones hangs on."""
+    number = json.loads((path / "state.json").read_text()).get("num_images")
+    return None if number is None else int(number)
 
 
 def load_part(path: Path, state: dict[str, Any], distributed: bool = False) -> None:
@@ -238,7 +252,9 @@ def _one_line(folder: Path) -> Iterator[None]:
     except (OSError, CheckpointException) as error:
         causes = _causes(error)
         _drop_writers([error, *causes])
-        raise UserError(f"{folder} cannot be written: {causes[0]}; make room, then resume the run") from error
+        # Torch's writer says at which byte it stood, and no more.
+        why = causes[0] if isinstance(causes[0], OSError) else f"{causes[0]} (is the disk full?)"
+        raise UserError(f"{folder} cannot be written: {why}; make room, then resume the run") from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:

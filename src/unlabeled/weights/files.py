@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unlabeled.atomic import replacing as replacing
@@ -47,6 +49,16 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise UserError(f"{path} holds a {type(held).__name__}; expected a dict of weights by name.")
     return held
+
+
+def write_tensors(state: State, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; raises OSError with its number, which safetensors keeps to itself."""
+    try:
+        save_file(state, path, metadata=metadata)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

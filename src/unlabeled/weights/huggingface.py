@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save_file
 
 from unlabeled.errors import UserError
 from unlabeled.images.transform import IMAGENET_MEAN, IMAGENET_STD
 from unlabeled.vit import Interpolation, VisionTransformer, VitConfig
 from unlabeled.weights.dino import MASK_NOTE, with_layer_scale
-from unlabeled.weights.files import State, fill, read_json, read_tensors, renamer, replacing
+from unlabeled.weights.files import State, fill, read_json, read_tensors, renamer, replacing, write_tensors
 
 # ours, theirs on disk (transformers 5 renames modules in memory, not on disk)
 TABLE = (
@@ -285,7 +284,7 @@ def save_huggingface(model: VisionTransformer, folder: str | Path) -> list[str]:
         replacing(folder / "preprocessor_config.json") as preprocessor_path,
         replacing(folder / "model.safetensors") as weights_path,
     ):
-        save_file(to_huggingface(model), weights_path, metadata={"format": "pt"})
+        write_tensors(to_huggingface(model), weights_path, metadata={"format": "pt"})
         _write_json(to_preprocessor(model.config), preprocessor_path)
         _write_json(to_config(model.config), config_path)
     theirs = "size" if kind_of(model.config) == "dinov2" else "antialias"

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.dino import MASK_NOTE, lacks_layer_scale, with_layer_scale, without_ones
-from unlabeled.weights.files import State, fill, read_tensors, renamer, replacing
+from unlabeled.weights.files import State, fill, read_tensors, renamer, replacing, write_tensors
 from unlabeled.weights.meta import NORM_EPS, config_of
 
 # ours, timm's; what is not listed is the same
@@ -82,5 +81,5 @@ def save_timm(model: VisionTransformer, path: str | Path) -> list[str]:
     """Write a timm .safetensors file; return one line for each thing that timm leaves out or cannot carry."""
     state, notes = to_timm(model)
     with replacing(Path(path)) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        write_tensors(state, temporary, metadata={"format": "pt"})
     return notes
