@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ def on_two_ranks(function: Callable[..., None], port: int, *arguments: Any) -> N
 
 def _started(rank: int, function: Callable[..., None], port: int, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings(
+        "error", "FSDP2-wrapped module"
+    )  # that its output is a view: gradients could be wrong
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     function(rank, *arguments)

@@ -74,14 +74,13 @@ class Network(nn.Module):
         """
         tokens = self.backbone(normalize(images), masks)
         dino, prototypes = self.dino_head.bottleneck(tokens.cls), self.dino_head.prototypes()
+        cls = tokens.cls.clone()  # FSDP2 warns of views, which nobody may write to
         if patches is None:
-            return Outputs(tokens.cls, dino, prototypes)
+            return Outputs(cls, dino, prototypes)
         chosen = tokens.patches.flatten(0, 1).index_select(0, patches)
         if self.ibot_head is None:
-            return Outputs(tokens.cls, dino, prototypes, self.dino_head.bottleneck(chosen), prototypes)
-        return Outputs(
-            tokens.cls, dino, prototypes, self.ibot_head.bottleneck(chosen), self.ibot_head.prototypes()
-        )
+            return Outputs(cls, dino, prototypes, self.dino_head.bottleneck(chosen), prototypes)
+        return Outputs(cls, dino, prototypes, self.ibot_head.bottleneck(chosen), self.ibot_head.prototypes())
 
 
 def compile_blocks(*networks: Network, backend: str = "inductor") -> None:
