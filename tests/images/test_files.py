@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlabeled.errors import UserError
-from unlabeled.images.files import FileSource, PathTable
+from unlabeled.images.files import MAX_BYTES, FileSource, PathTable
 from unlabeled.images.sources import number_classes, open_source
 
 
@@ -45,6 +45,19 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8 names")
+def test_pipes_devices_and_endless_files_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # of no blocks
+    source = open_source(tmp_path)
+    reasons = {"large.jpg": "too large", "pipe.jpg": "no regular file", "zero.jpg": "no regular file"}
+    for index, reason in enumerate(reasons.values()):
+        with pytest.raises(OSError, match=reason):
+            source.read(index)
+    assert list(source.paths) == list(reasons)  # type: ignore[attr-defined]
+
+
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     name = b"caf\xe9.jpg"
     with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:  # noqa: PTH118, PTH123

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import csv
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from unlabeled.errors import UserError
 from unlabeled.images.sources import IMAGE_SUFFIXES, Sample, number_classes, printable
 
+MAX_BYTES = 2**30  # of a file: the largest image that is decoded has no more, uncompressed with 16 bits
+_RUN_FILES = {"recipe.toml", "metrics.jsonl"}  # what a folder of a training has
 _RUN = 64  # paths compressed together: one is found by unpacking a run, in some 10 microseconds
 
 
@@ -104,13 +107,28 @@ class FileSource:
     def read(self, index: int) -> Sample:
         """The file's bytes; its key is its path below the folder, or as the list has it."""
         key = self.paths[index]
-        with open(os.path.join(self.root, key), "rb") as file:  # noqa: PTH118, PTH123
-            data = file.read()
+        data = _contents(os.path.join(self.root, key))  # noqa: PTH118
         return Sample(data, printable(key), None if self._labels is None else int(self._labels[index]))
 
     def labels(self) -> NDArray[np.int64] | None:
         """Numbers of a folder's own folders (where every file lies in one of two or more), or a list's."""
         return None if self._labels is None else self._labels.astype(np.int64)
+
+
+def _contents(path: str) -> bytes:
+    """A file's bytes; raises OSError where it is a pipe or a device, which may have no end, or too large."""
+    with open(path, "rb", opener=_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("no regular file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"too large: {status.st_size} bytes, {MAX_BYTES} are allowed")
+        return file.read()
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for a pipe's other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def open_folder(name: str, folder: Path) -> FileSource:
@@ -133,11 +151,14 @@ def _walk(
     folder = f"{root}/{below}"
     try:
         with os.scandir(folder) as found:
-            entries = sorted(
-                (entry.name, entry.is_dir(), entry.is_symlink())
-                for entry in found
-                if not entry.name.startswith(".") and (_is_image(entry.name) or entry.is_dir())
-            )
+            listed = list(found)
+        if below and {entry.name for entry in listed} >= _RUN_FILES:  # its pictures are no images of ours
+            return
+        entries = sorted(
+            (entry.name, entry.is_dir(), entry.is_symlink())
+            for entry in listed
+            if not entry.name.startswith(".") and (_is_image(entry.name) or entry.is_dir())
+        )
     except OSError:  # what may not be listed is not ours
         return
     own = (*above, os.path.realpath(folder)) if any(is_link for _, _, is_link in entries) or above else above
