@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unlabeled.errors import UserError
-from unlabeled.images.sources import open_source
+from unlabeled.images.sources import Sample, open_source
 from unlabeled.pretrain import auto
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import check, override
@@ -81,8 +81,32 @@ def test_reasons_tell_what_the_user_asked_for(tile_folder: Path) -> None:
     values = {"model.width": "64", "model.depth": "2", "crops.global_size": "48", "head.num_prototypes": "99",
               "teacher.momentum": "0.9"}  # fmt: skip
     text = "\n".join(auto.choose(source, Parallel(), values)[1])
-    for words in ("2 blocks of width 64, 48-pixel crops", "99 prototypes", "momentum from 0.9,"):
+    for words in ("2 blocks of width 64, 48-pixel crops", "99 prototypes: as asked", "momentum from 0.9,"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "why"),
+    [(100, 1000, "fewer than 1000 steps teach little"), (9600, 3000, "20.0 passes over the images, as is usual"),
+     (1_000_000, 5000, "as many as a cpu is given")],
+)  # fmt: skip
+def test_steps_have_a_reason_that_fits(count: int, steps: int, why: str, tile_folder: Path) -> None:
+    class Repeated:
+        """So many images, each one of a few."""
+
+        few = open_source(tile_folder)
+
+        def __len__(self) -> int:
+            return count
+
+        def read(self, index: int) -> Sample:
+            return self.few.read(index % len(self.few))
+
+    recipe, reasons = auto.choose(Repeated(), Parallel(), {})  # type: ignore[arg-type]
+    assert recipe.run.steps == steps
+    (line,) = (line for line in reasons if line.startswith(f"{steps} steps"))
+    assert why in line
+    assert "256 prototypes: a batch of 64 tells no more apart" in reasons
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from unlabeled.pretrain.recipe import (
 from unlabeled.pretrain.targets import AT_ONCE
 
 SHORT_RUN = 20_000  # steps under which LayerScale and teacher start as small_images has them
+PASSES = 20  # over the images, if they are neither few nor many
+FEWEST_STEPS = 1000
 SMALL_BATCH = 64  # images a step of small_images, and what its learning rate is given for
 LARGEST_BATCH = 128  # images a device that auto goes to by itself
 # Values kept for the backward pass of one token in one block, over the width: measured 2.5 GB for 16 images of
@@ -127,12 +129,15 @@ def choose(
     )
     batch = asked.run.batch_size if "run.batch_size" in values else automatic
     accumulation = math.ceil(batch / parallel.world / fits)
-    default = int(np.clip(20 * count / batch, 1000, 5000 if not on_gpu else 125_000))
+    wanted = math.ceil(PASSES * count / batch)
+    most = 125_000 if on_gpu else 5000
+    default = min(max(FEWEST_STEPS, wanted), most)
     steps = asked.run.steps if "run.steps" in values else default
-    reasons.append(
-        f"{steps} steps of {batch} images: "
-        + ("as asked" if "run.steps" in values else f"{steps * batch / count:.1f} passes over the images")
-    )
+    if "run.steps" in values:
+        why = "as asked"
+    else:
+        why = f"{steps * batch / count:.1f} passes over the images, {_why_so_many(steps, wanted, parallel.device.type)}"
+    reasons.append(f"{steps} steps of {batch} images: {why}")
     memory = f"{device_memory(parallel.device) / 1e9:.0f} GB hold {fits} images"
     reasons.append(
         f"batch {batch} in {accumulation} part{'s' if accumulation > 1 else ''} a device: {memory}"
@@ -148,7 +153,7 @@ def choose(
     teacher, optimizer = asked.teacher, asked.optimizer
     why = "short" if steps < SHORT_RUN else "long"
     reasons += [
-        f"{asked.head.num_prototypes} prototypes: for {count} images",
+        f"{asked.head.num_prototypes} prototypes: {_why_prototypes(recipe, asked, count, batch)}",
         f"teacher momentum from {teacher.momentum}, as for a {why} run; warm-up of the learning rate over "
         f"{optimizer.warmup:.0%} of it, of the teacher's temperature over {teacher.temperature_warmup:.0%}",
     ]
@@ -170,6 +175,20 @@ def _photographs(count: int) -> Recipe:
 def _asked(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """The recipe with the user's own fields, not yet checked."""
     return with_fields(recipe, values, "the command line", ALL_FIELDS)
+
+
+def _why_so_many(steps: int, wanted: int, device: str) -> str:
+    if steps > wanted:
+        return f"as fewer than {FEWEST_STEPS} steps teach little"
+    return "as is usual" if steps == wanted else f"as many as a {device} is given; --steps takes more"
+
+
+def _why_prototypes(recipe: Recipe, asked: Recipe, count: int, batch: int) -> str:
+    if asked.head.num_prototypes != recipe.head.num_prototypes:
+        return "as asked"
+    return (
+        f"for {count} images" if recipe.name == "photographs" else f"a batch of {batch} tells no more apart"
+    )
 
 
 def _shape(recipe: Recipe) -> str:
