@@ -55,8 +55,8 @@ class Progress:
         elif done // self.every > self.shown or done == self.total:
             self.shown = done // self.every
             left = (time.monotonic() - self.begun) / max(1, done - self.start) * (self.total - done)
-            self.console.print(f"{self.unit} {done}/{self.total}  {text}  {left:.0f} s left", highlight=False)
+            self.say(f"{self.unit} {done}/{self.total}  {text}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(text, highlight=False)
+        """A line above the bar, as it stands: names may have brackets, and a log has lines of any length."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

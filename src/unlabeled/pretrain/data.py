@@ -30,16 +30,20 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 MAX_REPLACEMENTS = 100  # unreadable images met in a row before a run gives up
 
 
+class _NothingReadable(Exception):  # noqa: N818  (a fact about a source)
+    """MAX_REPLACEMENTS images in a row could not be read."""
+
+
 @dataclass(frozen=True)
 class CropBatch:
-    """What a worker hands over: a batch on the CPU, and the files it could not read."""
+    """What a worker hands over: a batch on the CPU, and the files it could not read; no batch if none could be."""
 
-    batch: Batch | Uncropped
+    batch: Batch | Uncropped | None
     bad: list[tuple[str, str]]
 
     def pin_memory(self) -> CropBatch:
         """The same in page-locked memory, for copies that overlap with compute."""
-        return CropBatch(self.batch.pin_memory(), self.bad)
+        return CropBatch(self.batch and self.batch.pin_memory(), self.bad)
 
 
 class CropDataset(Dataset[CropBatch]):
@@ -73,7 +77,10 @@ class CropDataset(Dataset[CropBatch]):
         ]
         images = (self._image(int(index), rng, bad) for index, rng in zip(indices, rngs, strict=True))
         make = _drawn if self.on_device else _cropped
-        return CropBatch(make(images, rngs, self.recipe, masks), bad)
+        try:
+            return CropBatch(make(images, rngs, self.recipe, masks), bad)
+        except _NothingReadable:  # the main process says so, when it has noted the files
+            return CropBatch(None, bad)
 
     def _image(self, index: int, rng: np.random.Generator, bad: list[tuple[str, str]]) -> Pixels:
         for _ in range(MAX_REPLACEMENTS):
@@ -87,10 +94,7 @@ class CropDataset(Dataset[CropBatch]):
                 except BadImage as error:
                     bad.append((sample.key, str(error)))
             index = int(rng.integers(len(self.source)))
-        key, reason = bad[-1]
-        raise UserError(
-            f"{MAX_REPLACEMENTS} images in a row cannot be read (last: {key}: {reason}); see bad_files.jsonl"
-        )
+        raise _NothingReadable
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,12 @@ def batches(
     for step, crops in enumerate(loader, start):
         for key, reason in crops.bad:
             report.add(key, reason)
+        if crops.batch is None:
+            key, reason = crops.bad[-1]
+            raise UserError(
+                f"{MAX_REPLACEMENTS} images of {source.name} in a row cannot be read (last: {key}: {reason}); "
+                f"see {report.path}, and resume the run when they are back"
+            )
         yield step, crops.batch.to(parallel.device)
 
 

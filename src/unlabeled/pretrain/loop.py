@@ -19,7 +19,14 @@ from unlabeled.errors import UserError
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
 from unlabeled.metrics import Metrics
-from unlabeled.pretrain.checkpoint import Checkpoints, all_checkpoints, export, full_teacher, load
+from unlabeled.pretrain.checkpoint import (
+    Checkpoints,
+    all_checkpoints,
+    export,
+    full_teacher,
+    load,
+    num_images_of,
+)
 from unlabeled.pretrain.data import batches
 from unlabeled.pretrain.frozen_teacher import frozen_teacher
 from unlabeled.pretrain.health import CollapseWatch, figures
@@ -183,10 +190,15 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
         noted_signals() as received,
         Progress(console, "pretraining", "step", start, run.steps) as progress,
         metrics,
-        Checkpoints(folder, method, optimizer, run.keep_checkpoints) as checkpoints,
+        Checkpoints(folder, method, optimizer, run.keep_checkpoints, len(plan.source)) as checkpoints,
     ):
         if start:
             progress.say(f"resumed from step {start}")
+            had, has = num_images_of(saved[-1]), len(plan.source)
+            if had not in (None, has):
+                progress.say(
+                    f"{plan.source.name} had {had} images and has {has}: from here on they come in another order"
+                )
         begun_with = _evaluated(method, evaluate) if plan.start and evaluate else {}
         if begun_with:
             progress.say(f"before: {_said(begun_with)}")
@@ -239,13 +251,9 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
             rows.go_on()
             waited_since = time.perf_counter()
     if report.count:
-        console.print(
-            f"{report.count} image{'s' * (report.count > 1)} could not be read: {folder / 'bad_files.jsonl'}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    console.print(f"{run.steps} steps in {time.perf_counter() - begun:.0f} s: {folder}", highlight=False)
+        many = f"{report.count} image{'s' * (report.count > 1)}"
+        progress.say(f"{many} could not be read: {folder / 'bad_files.jsonl'}")
+    progress.say(f"{run.steps} steps in {time.perf_counter() - begun:.0f} s: {folder}")
     return Run(folder)
 
 

@@ -66,7 +66,7 @@ def prepared(
     Raises:
         UserError: bad folder, images, recipe or weights.
     """
-    if out is None:
+    if out is None or not str(out).strip():
         raise UserError("no run folder was given: unlabeled pretrain DATA --out RUN")
     folder = Path(out)
     if all_checkpoints(folder / "checkpoints"):
@@ -84,6 +84,8 @@ def prepared(
     train = values.get("data.train") or (plan.data.train if plan else "")
     if not train:
         raise UserError("no images were given: unlabeled pretrain DATA --out RUN")
+    if folder.resolve() == Path(train).resolve():
+        raise UserError(f"--out {folder} is the folder of the images; a run needs a folder of its own")
     source = open_source(train)
     first_readable(source)
     start = _loaded(values.get("model.start") or (plan.model.start if plan else ""))
@@ -120,7 +122,7 @@ def prepared(
             reasons.append(f"the heads start anew, and the backbone stays as it is for the first {share:.0%}")
     check(plan, "the recipe")
     for reason in reasons:
-        console.print(reason, highlight=False, soft_wrap=True)
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
     return Plan(folder, plan, source, start, teacher)
 
 
@@ -172,7 +174,13 @@ def resumed(folder: Path, values: dict[str, Any], parallel: Parallel) -> Plan:
             )
     recipe = override(read_recipe(folder / "recipe.toml"), _with_absolute_paths(values), "the command line")
     start = None if all_checkpoints(folder / "checkpoints") else _loaded(recipe.model.start)
-    plan = Plan(folder, recipe, open_source(recipe.data.train), start, _loaded(recipe.teacher.model))
+    try:
+        source = open_source(recipe.data.train)
+    except UserError as error:
+        raise UserError(
+            f"{error}; if the images have moved, add --data.train and where they are now"
+        ) from error
+    plan = Plan(folder, recipe, source, start, _loaded(recipe.teacher.model))
     parallel.barrier()  # every rank has read the recipe as it was
     if values and parallel.rank == 0:
         with writing(folder):
