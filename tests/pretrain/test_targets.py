@@ -39,6 +39,18 @@ def test_sinkhorn_is_the_plain_formula(
     np.testing.assert_allclose(found, plain_sinkhorn(logits, temperature, iterations), rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("at_once", [2**27, 6 * 24])
+def test_sinkhorn_stays_in_float32_under_autocast(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "AT_ONCE", at_once)  # all at once, and by parts
+    generator = torch.Generator().manual_seed(0)
+    tokens, prototypes = torch.randn(30, 8, generator=generator), torch.randn(24, 8, generator=generator)
+    logits = prototype_logits(tokens, prototypes)
+    expected = plain_sinkhorn(logits.numpy(), 2.0, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for found in (sinkhorn_knopp(logits, 2.0), Assignment.by_sinkhorn(tokens, prototypes, 2.0, 3)[:]):
+            np.testing.assert_allclose(found.numpy(), expected, rtol=2e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("scale", [1e3, 1e5])
 def test_sinkhorn_survives_extreme_logits(scale: float) -> None:
     logits = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) * scale

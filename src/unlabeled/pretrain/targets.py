@@ -68,7 +68,10 @@ def sinkhorn_knopp(logits_NK: Tensor, temperature: float, num_iterations: int = 
     Returns:
         (N, K) float32, rows that sum to 1.
     """
-    exponential_NK, _, prototype_scale_K, sample_scale_N = _sinkhorn(logits_NK, temperature, num_iterations)
+    with _in_float32(logits_NK):
+        exponential_NK, _, prototype_scale_K, sample_scale_N = _sinkhorn(
+            logits_NK, temperature, num_iterations
+        )
     return exponential_NK.mul_(prototype_scale_K).mul_(sample_scale_N[:, None])
 
 
@@ -153,11 +156,12 @@ class Assignment:
             return prototype_logits(tokens_NC[part], prototypes_KC).float() / temperature
 
         parts = _parts(len(tokens_NC), len(prototypes_KC))
-        if len(parts) > 1:
-            scales = _sinkhorn_by_parts(parts, scaled, num_iterations)
-        else:
-            logits_NK = prototype_logits(tokens_NC, prototypes_KC)
-            scales = _sinkhorn(logits_NK, temperature, num_iterations)[1:]
+        with _in_float32(tokens_NC):
+            if len(parts) > 1:
+                scales = _sinkhorn_by_parts(parts, scaled, num_iterations)
+            else:
+                logits_NK = prototype_logits(tokens_NC, prototypes_KC)
+                scales = _sinkhorn(logits_NK, temperature, num_iterations)[1:]
         return Assignment(tokens_NC, prototypes_KC, temperature, None, *scales)
 
     @staticmethod
@@ -200,6 +204,11 @@ class Assignment:
             highest_N=pick(self.highest_N),
             sample_scale_N=pick(self.sample_scale_N),
         )
+
+
+def _in_float32(like: Tensor) -> torch.autocast:
+    """Without autocast, which would round the sums that are written as matrix products to bf16."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _number(value: int, like: Tensor) -> Tensor:
