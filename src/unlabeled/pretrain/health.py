@@ -25,7 +25,7 @@ def figures(targets_VBK: Tensor, cls_VBD: Tensor, parallel: Parallel) -> dict[st
         target_entropy: entropy of the mean target, in [0, log K];
         prototypes_used: share of the prototypes that are the most likely one of some crop, of those that could be
             (no more than there are crops), in [0, 1];
-        rankme: effective rank of the CLS tokens (2210.02885), in [1, min(2B, D)].
+        rankme: effective rank of the CLS tokens (2210.02885), in [1, min(2B, D)]; NaN where they are not finite.
     """
     num_crops, num_prototypes = targets_VBK.shape
     entropy = torch.special.entr(targets_VBK).sum(1).mean()
@@ -34,13 +34,13 @@ def figures(targets_VBK: Tensor, cls_VBD: Tensor, parallel: Parallel) -> dict[st
     if parallel.distributed:
         torch.distributed.all_reduce(marginal)
         marginal /= parallel.world
-    best = parallel.gather(targets_VBK.argmax(1))
+    best, all_cls = parallel.gather(targets_VBK.argmax(1)), parallel.gather(cls_VBD.float())
     possible = min(num_prototypes, num_crops * parallel.world)
     return {
         "teacher_entropy": float(means["entropy"]),
         "target_entropy": float(torch.special.entr(marginal).sum()),
         "prototypes_used": best.unique().numel() / possible,
-        "rankme": rankme(parallel.gather(cls_VBD.float())),
+        "rankme": rankme(all_cls) if all_cls.isfinite().all() else math.nan,
     }
 
 

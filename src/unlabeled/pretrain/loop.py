@@ -239,7 +239,8 @@ def _train(plan: Plan, parallel: Parallel, evaluate: Evaluation | None, console:
                 progress.say(f"step {done}: {_said(found)}")
                 row |= found
             rows.end(written=examined or evaluated or saved_now)
-            if saved_now:
+            # What is saved while steps are skipped is no newer than before, and may be what they are skipped for.
+            if saved_now and (is_last or stopping or not rows.skipped):
                 metrics.flush()
                 checkpoints.save(done)
             checkpoints.check()

@@ -197,6 +197,8 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(value: Any) -> Any:
+    if value == "":
+        return value
     text = os.path.expanduser(value)  # noqa: PTH111  (a glob is no path)
     is_path = Path(text).exists() or "*" in text or not isinstance(value, str)
     return os.path.abspath(text) if is_path else value  # noqa: PTH100

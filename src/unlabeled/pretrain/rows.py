@@ -128,7 +128,12 @@ class Rows:
         text = f"loss {scalars['loss']:.3f}  {rate['images_per_second']:.0f} images/s"
         self.progress.update(number + 1, text)
         if self.skipped == MAX_SKIPPED:
+            saved = (
+                f"what was saved before is in {self.checkpoints}"
+                if any(self.checkpoints.glob("step_*"))
+                else "nothing is saved yet"
+            )
             raise UserError(
-                f"{MAX_SKIPPED} steps in a row had a non-finite loss (last: {number}); the last checkpoint in "
-                f"{self.checkpoints} is good. Try a lower optimizer.lr, or run.precision float32"
+                f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient (last: {number}); {saved}. "
+                "Try a lower optimizer.lr, a lower optimizer.clip, or run.precision float32"
             )
