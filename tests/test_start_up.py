@@ -30,6 +30,17 @@ def test_heavy_libraries_are_not_loaded(words: list[str]) -> None:
         assert json.loads(done.stdout)["model.patch_size"]["vitl16_short"] == 16
 
 
+def test_the_table_of_recipes_has_columns() -> None:
+    done = subprocess.run([sys.executable, "-c", RUN, "info"], capture_output=True, text=True, check=True)
+    header, *rows = done.stdout[done.stdout.index("field ") :].splitlines()
+    names = header.split()
+    assert names[0] == "field"
+    assert "tiny" in names
+    values = {row.split()[0]: row.split()[1:] for row in rows}
+    assert values["crops.ratio"] == ["0.75,1.33333"] * (len(names) - 1)
+    assert values["model.layer_scale"][0] == "1e-05"
+
+
 def test_a_model_loads_without_the_compiler(tmp_path: Path) -> None:
     """Each of these takes seconds to import and is of no use for that."""
     save_huggingface(VisionTransformer(VitConfig(width=32, depth=1, num_heads=2)), tmp_path)

@@ -252,6 +252,8 @@ def test_hugging_face_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"test.*cannot be loaded") as caught:
         open_source(f"hf:{folder}:test")
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="hf: names no data set"):
+        open_source("hf:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the datasets library: pip install"):
         open_source(f"hf:{folder}")

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from unlabeled.images.sources import open_source
-from unlabeled.pretrain.pictures import neighbours, pca
+from unlabeled.pretrain.pictures import loss_curves, neighbours, pca
 from unlabeled.vit import VisionTransformer, VitConfig
 
 
@@ -22,3 +22,20 @@ def test_very_long_images_are_shown_by_their_middle(tmp_path: Path, photograph: 
     shapes = [axes.images[0].get_size() for axes in figure.axes[:3]]
     assert shapes == [(64, 256), (256, 64), (64, 64)]
     assert len(neighbours(model, source, 32).axes) == 9
+
+
+def test_no_legend_lies_over_a_curve() -> None:
+    names = ("loss", "dino", "ibot", "koleo", "teacher_entropy", "target_entropy", "rankme", "lr", "knn")
+    figure = loss_curves([{"step": step} | dict.fromkeys(names, 4.0) for step in range(5)])
+    figure.draw_without_rendering()
+    legends = [(axes, axes.get_legend()) for axes in figure.axes if axes.get_legend()]
+    assert len(figure.axes) == 5
+    assert len(legends) == 2
+    for axes, legend in legends:
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+        assert not any(
+            legend.get_window_extent().overlaps(axes.xaxis.label.get_window_extent()) for axes in figure.axes
+        )
+    low, high = figure.axes[1].get_ylim()
+    assert low == 0
+    assert high > 4

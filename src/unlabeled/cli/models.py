@@ -112,4 +112,6 @@ def _info_recipes(as_json: bool) -> None:
 
 
 def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, float):  # as few digits as tell it: 4 / 3 has a column's width
+        return f"{value:.6g}"
+    return ",".join(map(_short, value)) if isinstance(value, tuple) else str(value)

@@ -89,6 +89,8 @@ def open_hugging_face(text: str) -> HuggingFaceSource:
     except ImportError as error:
         raise UserError(f"{text} needs the datasets library: pip install 'unlabeled[hf]'") from error
     name, _, split = text.removeprefix("hf:").partition(":")
+    if not name:
+        raise UserError(f"{text} names no data set; hf:NAME or hf:NAME:SPLIT does")
     folder = Path(name).expanduser()
     try:
         if (folder / "dataset_dict.json").exists():

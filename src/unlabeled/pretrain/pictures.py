@@ -62,7 +62,7 @@ def loss_curves(rows: list[dict[str, Any]]) -> Figure:
     ]
     if any("knn" in row for row in rows):
         panels.append(("k-NN accuracy", ["knn"]))
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -77,8 +77,13 @@ def loss_curves(rows: list[dict[str, Any]]) -> Figure:
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        if len(names) > 1:
-            axes.legend(frameon=False, fontsize=8)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        if "entropy" in title:
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # uniform targets are a line at the top, not noise
+        if len(names) > 1:  # below, where no curve can be
+            axes.legend(
+                frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(names)
+            )
     return figure
 
 
