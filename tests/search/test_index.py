@@ -119,7 +119,7 @@ def test_the_measured_recall_is_what_a_loop_finds(monkeypatch: pytest.MonkeyPatc
     vectors, queries = clustered(3000), clustered(50, seed=1)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    held = graph.grow(None, [vectors], 24)
+    held = graph.grow(None, [vectors], 24, len(vectors))
     monkeypatch.setattr(graph, "EFFORTS", (10, 12, 300))
     monkeypatch.setattr(graph, "PERFECT", 2)
     curve = graph.measure(held, queries)

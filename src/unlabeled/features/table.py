@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -235,6 +236,13 @@ class FeatureTable:
                 assert rows is not None
                 yield first, rows.slice(start, length), self.vectors[first : first + length]
                 first += length
+
+    def release(self) -> None:
+        """Let the values' pages go from this process's memory; what is wanted again is read from the files again."""
+        for part in self._values.parts:
+            mapped = getattr(part, "_mmap", None)
+            if mapped is not None and hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def source_numbers(self) -> NDArray[np.int32]:

@@ -165,11 +165,12 @@ def _grown(
             queries.append(part[held])
             yield part[~held]
 
-    graph = grow(graph, others(), manifest.dimension)
+    whole = count + (len(graph) if graph else 0)
+    graph = grow(graph, others(), manifest.dimension, whole)
     curve = manifest.curve
     if size:
         curve = measure(graph, np.concatenate(queries))
-        graph = grow(graph, queries, manifest.dimension)
+        graph = grow(graph, queries, manifest.dimension, whole)
     return graph, np.argsort(held_back, kind="stable"), curve
 
 
@@ -206,6 +207,7 @@ def _of_table(table: FeatureTable, rows: NDArray[np.int64]) -> Vectors:
         if len(lost):
             key = table.rows.column("key")[int(numbers[lost[0]])].as_py()
             raise UserError(f"The features of {key} in {table.path} are zero or not finite; embed it again.")
+        table.release()
         yield vectors
 
 

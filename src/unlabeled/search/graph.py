@@ -19,6 +19,7 @@ from unlabeled.errors import UserError, writing
 from unlabeled.search.scan import Nearest, scan
 
 LINKS = 32  # of a vector in the graph; twice as many in its lowest layer
+LINKS_A_VECTOR = 2 * LINKS + 1.1 * LINKS / (LINKS - 1)  # with those of the higher layers, and some to spare
 BUILD_EFFORT = 160  # candidates that are looked at for a new vector's links
 EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MEASURED_K = 10  # neighbours whose recall is measured
@@ -75,13 +76,25 @@ class Graph:
         return path.name
 
 
-def grow(graph: Graph | None, parts: Iterable[NDArray[np.float32]], dimension: int) -> Graph:
-    """Return a graph with more vectors, all of length 1; a new one where there is none."""
+def grow(graph: Graph | None, parts: Iterable[NDArray[np.float32]], dimension: int, count: int) -> Graph:
+    """Return a graph with more vectors, all of length 1; a new one where there is none.
+
+    count: of the vectors that it is to have, for which room is made at once.
+    """
     if graph is None:
         index = faiss.IndexHNSWSQ(dimension, faiss.ScalarQuantizer.QT_fp16, LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = BUILD_EFFORT
     else:
         index = graph.index
+    storage = faiss.downcast_index(index.storage)
+    # Arrays that grow are held twice whenever they are moved: 1.5 GB more for a million vectors of 384.
+    for array, needed in (
+        (storage.codes, count * storage.code_size),
+        (index.hnsw.neighbors, round(count * LINKS_A_VECTOR)),
+    ):
+        size = array.size()
+        array.resize(max(size, needed))
+        array.resize(size)  # what is reserved stays
     for part in parts:
         index.add(part)
     return Graph(index)
