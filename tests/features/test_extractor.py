@@ -281,6 +281,8 @@ def test_eight_bits_stay_near(
         cosines = (exact * fast).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(fast, axis=1)
         assert cosines.min() > 0.97 and not np.array_equal(exact, fast)
         assert extractor.identity["precision"] == "int8"
+        extractor.batch_size = 2  # each core runs batches of its own
+        np.testing.assert_allclose(extractor(images), fast, atol=1e-3)
         graphs = sorted(tmp_path.rglob("*.xml"))
         times = [graph.stat().st_mtime_ns for graph in graphs]
         Extractor(model, layer=layer, fast=True, calibrate=str(tile_folder), device="cpu")

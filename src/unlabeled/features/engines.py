@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from unlabeled.devices import has_bf16
 from unlabeled.errors import writing
 from unlabeled.features.packed import PackedBackbone, can_pack
 from unlabeled.vit import Block, Tokens, VisionTransformer
@@ -84,7 +87,7 @@ def has_8_bit_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def int8_engine(model: VisionTransformer, layer: int, calibrate: str, weights: str) -> Engine:
-    """Return tokens computed in 8 bits by OpenVINO, for CPUs.
+    """Return tokens computed in 8 bits by OpenVINO, for CPUs; what is not is in bfloat16 where they have it.
 
     The graph is made once for a model, a layer and the images it is calibrated on, and kept in the cache folder
     ($UNLABELED_CACHE, or ~/.cache/unlabeled).
@@ -100,10 +103,16 @@ def int8_engine(model: VisionTransformer, layer: int, calibrate: str, weights: s
     """
     from unlabeled.weights.graph import openvino_runner
 
-    path = _int8_graph(model, layer, calibrate, weights)
-    run, p = openvino_runner(path), model.config.patch_size
+    path, p = _int8_graph(model, layer, calibrate, weights), model.config.patch_size
+    cores = torch.get_num_threads()
+    # Compiled when first wanted: a batch at a time on all cores, or a batch on each (`devices.one_thread_each`).
+    precision = "bf16" if has_bf16(torch.device("cpu")) else "f32"
+    runner = cache(lambda streams: openvino_runner(path, streams, precision))
+    compiling = threading.Lock()
 
     def tokens(images_B3HW: Tensor) -> Tokens:
+        with compiling:
+            run = runner(cores if torch.get_num_threads() == 1 else 1)
         found = {name: torch.from_numpy(value) for name, value in run(images_B3HW.numpy()).items()}
         registers = found.get("registers", found["cls"][:, None][:, :0])
         grid = (images_B3HW.shape[-2] // p, images_B3HW.shape[-1] // p)

@@ -33,7 +33,6 @@ Kind = Literal["cls", "mean", "cls+mean", "layers", "patches", "attention"]
 Features = NDArray[np.float32]
 Prepared = tuple[int, NDArray[np.uint8]]  # an image's number, its pixels (3, h, w)
 BATCH_PATCHES = {"cpu": 4 * 256, "cuda": 256 * 256, "mps": 64 * 256}  # of a batch, by device
-BATCH_PATCHES_INT8 = 16 * 256
 
 
 class Extractor:
@@ -107,8 +106,7 @@ class Extractor:
             "preprocessing": asdict(self.preprocessing),
             "precision": precision,
         }
-        self.is_int8 = precision == "int8"
-        if self.is_int8:
+        if precision == "int8":
             self.identity["calibrated_on"] = calibrate
             self.engine = int8_engine(self.model, layer, str(calibrate), weights)
         elif kind == "layers":
@@ -196,7 +194,7 @@ class Extractor:
         """
         batches = self._batches(prepared)
         first = list(itertools.islice(batches, 2))
-        cores = torch.get_num_threads() if self.device.type == "cpu" and not self.is_int8 else 1
+        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         if len(first) < 2 or cores == 1:
             yield from map(self._run, itertools.chain(first, batches))
             return
@@ -223,7 +221,7 @@ class Extractor:
         if self.batch_size is not None:
             return self.batch_size
         patches = max(1, shape[1] * shape[2] // self.preprocessing.patch_size**2)
-        most = BATCH_PATCHES_INT8 if self.is_int8 else BATCH_PATCHES.get(self.device.type, 4096)
+        most = BATCH_PATCHES.get(self.device.type, 4096)
         return max(1, min(512, most // patches))
 
     @torch.inference_mode()
