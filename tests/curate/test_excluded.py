@@ -213,10 +213,12 @@ def test_too_few_to_whiten_and_an_older_folder_are_one_line(
         pipeline.curate(pile, tmp_path / "old", model="none")
 
 
-def test_an_excluded_set_of_which_nothing_can_be_read_is_refused(
-    photograph: np.ndarray, tmp_path: Path
+@pytest.mark.parametrize("name", ["exclude", "seeds"])
+def test_a_set_of_which_nothing_can_be_read_is_refused_before_the_work(
+    photograph: np.ndarray, model: Path, tmp_path: Path, name: str
 ) -> None:
     pile = written(tmp_path / "pile", {"one.png": encoded(photograph)})
     bad = written(tmp_path / "bad", {"bad.jpg": b"no image"})
-    with pytest.raises(UserError, match="bad holds no image that can be read"):
-        pipeline.curate(pile, tmp_path / "out", model="none", exclude=bad, overrides=LOOSE)
+    with pytest.raises(UserError, match=r"bad holds no image that can be read .*first: bad\.jpg"):
+        pipeline.curate(pile, tmp_path / "out", model=model, overrides=LOOSE, **{name: bad})
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,6 @@ from unlabeled.curate.products import ROUNDING
 from unlabeled.curate.recipe import NO_MODEL
 from unlabeled.curate.steps import NEIGHBOURING, Made
 from unlabeled.curate.work import Work, read_column
-from unlabeled.errors import UserError
 
 BYTES, HASH, FEATURES, NOTHING = range(4)  # that an image shares with one to exclude, the surest first
 REASONS = ("the bytes of an excluded image", "a hash near an excluded image's", "near an excluded image")
@@ -133,12 +132,9 @@ def removed(work: Work, clean: Integers, pool: Integers, kept_for_N: Integers, a
 
 
 def _unreadable(work: Work, data: str) -> int:
-    """Number of images to exclude that cannot be read. Raises UserError where that is all of them."""
+    """Number of images to exclude that cannot be read."""
     bad = read_column(work.measured_of(data), "bad")
-    count = int(len(bad) - bad.null_count)
-    if count == len(bad):
-        raise UserError(f"{data} holds no image that can be read, so that nothing would be excluded for it.")
-    return count
+    return int(len(bad) - bad.null_count)
 
 
 def _by_hashes(work: Work, clean: Integers, found: Matches) -> None:

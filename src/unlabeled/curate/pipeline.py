@@ -35,6 +35,7 @@ from unlabeled.curate.recipe import NO_MODEL, STEPS, CurateRecipe, resolved
 from unlabeled.curate.report import write_report
 from unlabeled.curate.work import Work, hash_of, sample_hash
 from unlabeled.errors import UserError, writing
+from unlabeled.images.bad_files import first_readable
 from unlabeled.images.sources import Source, open_source
 from unlabeled.pretrain.recipes import write_recipe
 from unlabeled.progress import Progress
@@ -116,7 +117,7 @@ def curate(
     exclude_data, seed_data = _several(exclude), _several(seeds)
     wanted = _wanted(steps, values, exclude_data, seed_data)
     for one in (*exclude_data, *seed_data):
-        open_source(one)  # before hours of other work
+        first_readable(open_source(one))  # before hours of other work
     text = _lasting(data)
     if is_url_list(text):
         _claim(folder)
