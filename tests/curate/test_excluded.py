@@ -208,8 +208,8 @@ def test_too_few_to_whiten_and_an_older_folder_are_one_line(
         pipeline.curate(pile, tmp_path / "bad", model=model, overrides={"duplicates.whiten": "perhaps"})
     pipeline.curate(pile, tmp_path / "old", model="none")
     state = tmp_path / "old" / "curation.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": "unlabeled curation 2"}))
-    with pytest.raises(UserError, match="another format than 'unlabeled curation 3'; choose another --out"):
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": "unlabeled curation 3"}))
+    with pytest.raises(UserError, match="another format than 'unlabeled curation 4'; choose another --out"):
         pipeline.curate(pile, tmp_path / "old", model="none")
 
 

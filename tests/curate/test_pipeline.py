@@ -202,17 +202,21 @@ def test_a_cluster_of_seeds_is_shown_with_them(pile: Path, model: str, tmp_path:
     assert "Seeds of a cluster" in done.report.read_text() and (done.report.parent / "retrieve.png").is_file()
 
 
-def test_of_two_copies_the_one_without_noise_is_kept(photograph: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["noise", "grey"])
+def test_of_two_copies_the_one_without_noise_and_with_colour_is_kept(
+    photograph: np.ndarray, tmp_path: Path, change: str
+) -> None:
     noise = np.random.default_rng(0).normal(0, 25, photograph.shape)
-    noisy = np.clip(photograph + noise, 0, 255).astype(np.uint8)
+    grey = np.repeat(cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    copy = np.clip(photograph + noise, 0, 255).astype(np.uint8) if change == "noise" else grey
     (tmp_path / "pile").mkdir()
-    (tmp_path / "pile" / "a_noisy.png").write_bytes(encoded(noisy))
+    (tmp_path / "pile" / "a_copy.png").write_bytes(encoded(copy))
     (tmp_path / "pile" / "b_original.jpg").write_bytes(encoded(photograph, "JPEG", quality=90))
     done = pipeline.curate(
         tmp_path / "pile", tmp_path / "out", model="none", overrides={"duplicates.hash_distance": 7}
     )
     kept = {row["key"]: row["kept"] for row in pq.read_table(done.lineage).to_pylist()}
-    assert kept == {"a_noisy.png": False, "b_original.jpg": True}
+    assert kept == {"a_copy.png": False, "b_original.jpg": True}
 
 
 def test_without_a_model_and_a_scorer_of_ones_own(

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from unlabeled.curate.quality import criteria, failed, fails, measure, shrunk_grey
+from unlabeled.curate.quality import colour, criteria, failed, fails, measure, shrunk_grey
 from unlabeled.curate.recipe import QualityRecipe
 
 
@@ -59,6 +59,14 @@ def test_a_photograph_is_kept_and_what_is_none_is_not(photograph: np.ndarray) ->
         columns |= {"side": np.array([200]), "aspect": np.array([1.5])}
         number = failed(QualityRecipe(), columns)[0]
         assert (criteria(QualityRecipe())[number][0].name if number >= 0 else "") == reason
+
+
+def test_colour_is_the_mean_difference_of_channels(photograph: np.ndarray) -> None:
+    small = photograph[:60, :40]
+    apart = [int(max(pixel)) - int(min(pixel)) for row in small for pixel in row]
+    assert colour(small) == pytest.approx(sum(apart) / len(apart))
+    assert colour(photograph) == pytest.approx(np.ptp(photograph, axis=2).mean(), rel=0.05)
+    assert colour(np.full((500, 2, 3), 9, np.uint8)) == 0
 
 
 def test_grain_is_sharpness_over_that_at_half_the_size(photograph: np.ndarray) -> None:

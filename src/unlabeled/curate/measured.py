@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from unlabeled.ahead import ahead
 from unlabeled.atomic import replacing
 from unlabeled.curate.hashes import perceptual_hash
-from unlabeled.curate.quality import SHORT_SIDE, Measures, measure, shrunk_grey
+from unlabeled.curate.quality import SHORT_SIDE, Measures, colour, measure, shrunk_grey
 from unlabeled.errors import UserError, writing
 from unlabeled.features.table import content_hash
 from unlabeled.images.bad_files import name_of
@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),  # pixels, upright
         ("height", pa.int32()),
         *((name, pa.float32()) for name in Measures._fields),
+        ("colour", pa.float32()),  # see quality.colour
         ("score", pa.float32()),  # of a scorer of pixels
         ("hash", pa.uint64()),  # perceptual; null where there is no contrast
     ]
@@ -65,6 +66,7 @@ class Measured:
     width: int = 0
     height: int = 0
     measures: Measures | None = None
+    colour: float | None = None
     score: float | None = None
     hash: int | None = None
 
@@ -156,7 +158,14 @@ def measured(source: Source, index: int, scorer: Scorer | None = None) -> Measur
         return replace(row, bad=str(error))
     height, width = _full_size(sample.data, pixels)
     grey = shrunk_grey(pixels)
-    row = replace(row, width=width, height=height, measures=measure(grey), hash=perceptual_hash(grey))
+    row = replace(
+        row,
+        width=width,
+        height=height,
+        measures=measure(grey),
+        colour=colour(pixels),
+        hash=perceptual_hash(grey),
+    )
     if scorer is None:
         return row
     try:

@@ -43,7 +43,7 @@ from unlabeled.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMAT = "unlabeled curation 3"
+FORMAT = "unlabeled curation 4"
 
 
 @dataclass(frozen=True)

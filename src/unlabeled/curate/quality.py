@@ -17,6 +17,7 @@ from unlabeled.curate.recipe import QualityRecipe
 SHORT_SIDE = 256  # pixels
 FLAT = 8  # grey levels; a 3 x 3 neighbourhood that spans no more is plain
 HARD = 96  # grey levels; one that spans this or more is a hard edge
+COLOUR_SIDE = 64  # rows and columns that are enough to tell colour by
 CLIP = 5  # grey levels from black or white
 _SQUARE = np.ones((3, 3), np.uint8)
 
@@ -77,6 +78,13 @@ def shrunk_grey(pixels_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
         pixels_HW3 = cv2.resize(pixels_HW3, size, interpolation=cv2.INTER_AREA)
     grey: NDArray[np.uint8] = cv2.cvtColor(pixels_HW3, cv2.COLOR_RGB2GRAY)
     return grey
+
+
+def colour(pixels_HW3: NDArray[np.uint8]) -> float:
+    """Return the mean difference of an image's highest and lowest channel, in levels of 255: 0 where it is grey."""
+    steps = [max(1, side // COLOUR_SIDE) for side in pixels_HW3.shape[:2]]
+    some = pixels_HW3[:: steps[0], :: steps[1]]
+    return float((some.max(axis=2) - some.min(axis=2)).mean())
 
 
 def measure(grey_HW: NDArray[np.uint8]) -> Measures:

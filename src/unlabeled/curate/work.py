@@ -42,6 +42,7 @@ from unlabeled.images.sources import Source, open_source
 if TYPE_CHECKING:
     from rich.console import Console
 
+GREY = 1.0  # of colour, in levels, below which an image is grey
 NOISY = (
     1.5  # grain from which on noise explains why an image has more bytes; one photograph in twenty has more
 )
@@ -112,10 +113,13 @@ class Work:
 
     @cached_property
     def rank(self) -> Integers:
-        """Place of each image from best to worst: more pixels, without noise, more bytes, sharper, first."""
+        """Place of each image, best first: more pixels, without noise, with colour, more bytes, sharper."""
         pixels = self.column("width").astype(np.int64) * self.column("height")
         blur, is_noisy = np.nan_to_num(self.column("blur")), self.column("grain") > NOISY
-        order = np.lexsort((-blur, -self.column("bytes"), is_noisy, -pixels))
+        is_grey = (
+            self.column("colour") < GREY
+        )  # a grey PNG has more bytes than the coloured JPEG it was made of
+        order = np.lexsort((-blur, -self.column("bytes"), is_grey, is_noisy, -pixels))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         return rank
