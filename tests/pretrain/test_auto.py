@@ -1,14 +1,17 @@
 """The recipe auto follows the data, the machine and what the user has said."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from unlabeled.errors import UserError
 from unlabeled.images.sources import Sample, open_source
 from unlabeled.pretrain import auto
 from unlabeled.pretrain.parallel import Parallel
+from unlabeled.pretrain.plan import prepared
 from unlabeled.pretrain.recipe import check, override
 from unlabeled.pretrain.recipes import named_recipe
 
@@ -74,6 +77,25 @@ def test_what_fits_follows_what_was_measured() -> None:
     assert auto.images_that_fit(slim, 24e9) > 2 * auto.images_that_fit(recipe, 24e9)
     giant = named_recipe("vitg14")
     assert auto.images_that_fit(giant, 80e9) < auto.images_that_fit(recipe, 80e9)
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_told(
+    tile_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "device_memory", lambda device: 16e9)
+
+    def said(**fields: object) -> str:
+        text = io.StringIO()
+        values = {"data.train": tile_folder} | {
+            name.replace("_", ".", 1): value for name, value in fields.items()
+        }
+        prepared(tmp_path / "run", "vits14", values, Parallel(), Console(file=text))
+        return text.getvalue()
+
+    warning = said()  # 1024 images
+    parts = int(warning.split("--run.accumulation ")[1].split()[0])
+    assert "memory may not do: 16 GB hold about" in warning
+    assert said(run_accumulation=parts) == said(run_batch_size=8) == ""
 
 
 def test_reasons_tell_what_the_user_asked_for(tile_folder: Path) -> None:

@@ -11,7 +11,14 @@ from unlabeled.errors import UserError
 from unlabeled.pretrain.auto import filled
 from unlabeled.pretrain.field_names import nearest_field
 from unlabeled.pretrain.recipe import Recipe, field_types, override
-from unlabeled.pretrain.recipes import FITTED, RECIPE_NAMES, named_recipe, read_recipe, write_recipe
+from unlabeled.pretrain.recipes import (
+    FITTED,
+    RECIPE_NAMES,
+    fitted_fields,
+    named_recipe,
+    read_recipe,
+    write_recipe,
+)
 
 NAMED = [name for name in RECIPE_NAMES if name not in FITTED]
 
@@ -139,6 +146,19 @@ def test_broken_toml_names_the_file(tmp_path: Path) -> None:
         read_recipe(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_recipe(tmp_path / "missing.toml")
+
+
+def test_a_file_may_leave_the_rest_to_auto(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "auto"\n[run]\nsteps = 7\n')
+    assert fitted_fields(path) == {"name": "auto", "run.steps": 7}
+    path.write_text('name = "auto"\n[run]\nstepz = 7\n')
+    with pytest.raises(UserError, match=r"mine\.toml sets run\.stepz.*run\.steps"):
+        fitted_fields(path)
+    path.write_text('name = "tiny"\n[run]\nsteps = 7\n')
+    assert fitted_fields(path) == fitted_fields("auto") == fitted_fields(Recipe()) == {}
+    write_recipe(dataclasses.replace(Recipe(), name="auto"), path)  # as a finished run has it
+    assert fitted_fields(path) == {}
 
 
 def test_recipes_are_frozen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from unlabeled.pretrain.checkpoint import all_checkpoints
 from unlabeled.pretrain.frozen_teacher import distillation
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import DataRecipe, Recipe, check, override
-from unlabeled.pretrain.recipes import FITTED, named_recipe, read_recipe, write_recipe
+from unlabeled.pretrain.recipes import FITTED, fitted_fields, named_recipe, read_recipe, write_recipe
 from unlabeled.pretrain.start import Start, heads_fit, load_start, model_fields, with_grid
 
 HIGH_RESOLUTION = 518  # pixels, of the released models' last phase (DINOv2 appendix B)
@@ -73,6 +74,8 @@ def prepared(
         raise UserError(
             f"{folder} holds a run already: resume it with --resume {folder}, or choose another --out"
         )
+    if fitted := fitted_fields(recipe):
+        recipe, values = fitted.pop("name"), fitted | values
     values = _with_absolute_paths(values)
     plan: Recipe | None = None
     if isinstance(recipe, Recipe):
@@ -121,6 +124,7 @@ def prepared(
             share = plan.optimizer.freeze_backbone
             reasons.append(f"the heads start anew, and the backbone stays as it is for the first {share:.0%}")
     check(plan, "the recipe")
+    reasons += _memory_warning(plan, parallel)
     for reason in reasons:
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     return Plan(folder, plan, source, start, teacher)
@@ -202,6 +206,19 @@ def _absolute(value: Any) -> Any:
     text = os.path.expanduser(value)  # noqa: PTH111  (a glob is no path)
     is_path = Path(text).exists() or "*" in text or not isinstance(value, str)
     return os.path.abspath(text) if is_path else value  # noqa: PTH100
+
+
+def _memory_warning(recipe: Recipe, parallel: Parallel) -> list[str]:
+    """A line where the batch is likely to be more than a device holds, which a CPU's system ends without a word."""
+    memory = auto.device_memory(parallel.device)
+    fits = auto.images_that_fit(recipe, memory)
+    local = math.ceil(recipe.run.batch_size / parallel.world)
+    if recipe.run.sharding == "fsdp" or math.ceil(local / recipe.run.accumulation) <= fits:
+        return []
+    return [
+        f"memory may not do: {memory / 1e9:.0f} GB hold about {fits} images at a time; "
+        f"--run.accumulation {math.ceil(local / fits)} cuts a step into parts that fit"
+    ]
 
 
 def _loaded(name: str) -> Start | None:

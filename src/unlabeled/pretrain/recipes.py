@@ -13,6 +13,7 @@ from unlabeled.atomic import replacing
 from unlabeled.errors import UserError
 from unlabeled.pretrain.crops import CropRecipe
 from unlabeled.pretrain.recipe import (
+    ALL_FIELDS,
     HeadRecipe,
     LossRecipe,
     ModelRecipe,
@@ -20,7 +21,9 @@ from unlabeled.pretrain.recipe import (
     Recipe,
     RunRecipe,
     TeacherRecipe,
+    field_types,
     override,
+    with_fields,
 )
 
 _SHORT = OptimizerRecipe(layer_decay=0.9)
@@ -166,3 +169,20 @@ def read_recipe(path: Path) -> Recipe:
     if near and name not in named:
         raise UserError(f"{path} has the name {name}, which no recipe has: did you mean {near[0]}?")
     return override(named.get(name, Recipe(name=name)), values, str(path))
+
+
+def fitted_fields(recipe: Any) -> dict[str, Any]:
+    """The fields of a TOML file that leaves the rest to auto or highres by its `name`; empty for anything else.
+
+    A finished run's recipe.toml has such a name too, and all fields: it is a recipe of its own.
+
+    Raises:
+        UserError: unreadable file, unknown field, wrong type.
+    """
+    if not str(recipe).endswith(".toml"):
+        return {}
+    values = read_values(Path(recipe))
+    if values.get("name") not in FITTED or len(values) >= len(field_types(Recipe())):
+        return {}
+    with_fields(Recipe(), values, str(recipe), ALL_FIELDS)
+    return values
