@@ -17,7 +17,7 @@ from unlabeled.dense.labelled import depth_images, labelled_images
 from unlabeled.dense.losses import depth_loss, segmentation_loss
 from unlabeled.errors import UserError
 from unlabeled.features.engines import weights_hash
-from unlabeled.finetune import train
+from unlabeled.finetune import feed, train
 from unlabeled.finetune.backbone import parameter_groups, prepare
 from unlabeled.finetune.batches import mixed_up
 from unlabeled.finetune.examples import DenseExamples
@@ -26,6 +26,7 @@ from unlabeled.finetune.lora import merge_adapters
 from unlabeled.finetune.recipe import TrainRecipe, default_recipe
 from unlabeled.finetune.tasks import class_figures
 from unlabeled.finetune.train import Trained, Validation, train_head
+from unlabeled.images.transform import normalize
 from unlabeled.signals import StoppedBySignal
 
 SHORT = TrainRecipe(steps=6, batch_size=8, evaluations=2, augment=False, lr=1e-2)
@@ -265,3 +266,15 @@ def test_recipes_say_what_is_wrong() -> None:
     ):
         with pytest.raises(UserError, match=said):
             default_recipe("classify", "full", 640, fields)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tokens_of_a_cpu_that_is_faster_in_bf16(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "has_bf16", lambda device: bf16)
+    model, device = small_model().eval(), torch.device("cpu")
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    (found,) = feed.Frozen(model, LinearHead(2 * model.config.width, 2), device)(images)
+    with torch.no_grad():
+        expected = model(normalize(images))
+    near = 0.05 if bf16 else 1e-4
+    torch.testing.assert_close(found.cls.float(), expected.cls, atol=near, rtol=near)

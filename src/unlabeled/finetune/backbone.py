@@ -66,10 +66,15 @@ def parameter_groups(model: VisionTransformer, head: nn.Module, recipe: TrainRec
     ]
 
 
-def reader(model: VisionTransformer, head: Head, device: torch.device) -> Callable[[Tensor], list[Tokens]]:
-    """Return what turns uint8 images into the tokens that a head reads, without gradients, as fast as is exact."""
+def reader(
+    model: VisionTransformer, head: Head, device: torch.device, bf16: bool = False
+) -> Callable[[Tensor], list[Tokens]]:
+    """Return what turns uint8 images into the tokens that a head reads, without gradients, as fast as is exact.
+
+    bf16: it is called under autocast, which weights packed in float32 cannot follow.
+    """
     layers = head.layers(len(model.blocks))
-    if len(layers) == 1 and head.norm:
+    if len(layers) == 1 and head.norm and not bf16:
         engine = exact_engine(model, layers[0], device)
 
         @torch.no_grad()

@@ -37,8 +37,8 @@ class Frozen:
     """The tokens that a head reads of uint8 images, without gradients."""
 
     def __init__(self, model: VisionTransformer, head: Head, device: torch.device) -> None:
-        self.read = reader(model, head, device)
         self.device, self.bf16 = device, device.type != "mps" and has_bf16(device)
+        self.read = reader(model, head, device, self.bf16)
 
     def __call__(self, images_B3HW: Tensor) -> list[Tokens]:
         """Return tokens in float32 on the CPU, or in bf16 where that is fast."""
