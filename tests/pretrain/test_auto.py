@@ -98,6 +98,14 @@ def test_a_batch_that_is_too_large_for_the_memory_is_told(
     assert said(run_accumulation=parts) == said(run_batch_size=8) == ""
 
 
+def test_every_rank_has_the_same_share(tile_folder: Path, tmp_path: Path) -> None:
+    three = Parallel(torch.device("cpu"), 0, 3)
+    assert auto.choose(open_source(tile_folder), three, {})[0].run.batch_size == 66
+    values = {"data.train": tile_folder, "run.batch_size": 64}
+    with pytest.raises(UserError, match="64 does not divide by 3 ranks; 63 and 66 do"):
+        prepared(tmp_path / "run", "tiny", values, three, Console(quiet=True))
+
+
 def test_reasons_tell_what_the_user_asked_for(tile_folder: Path) -> None:
     source = open_source(tile_folder)
     values = {"model.width": "64", "model.depth": "2", "crops.global_size": "48", "head.num_prototypes": "99",

@@ -124,8 +124,9 @@ def choose(
         pixels = f"this many pixels are what a {parallel.device.type} is good for"
         reasons.append(f"{_shape(asked)}: {'images are no larger' if side <= 96 else pixels}")
     fits = images_that_fit(asked, device_memory(parallel.device))
-    automatic = (
-        min(fits, LARGEST_BATCH) * parallel.world if recipe.name == "photographs" else recipe.run.batch_size
+    each = recipe.run.batch_size / parallel.world  # the same number on every rank
+    automatic = parallel.world * (
+        min(fits, LARGEST_BATCH) if recipe.name == "photographs" else math.ceil(each)
     )
     batch = asked.run.batch_size if "run.batch_size" in values else automatic
     accumulation = math.ceil(batch / parallel.world / fits)

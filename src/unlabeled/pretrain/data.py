@@ -176,11 +176,9 @@ def batches(
     """(step, batch) from step `start` to the end of the run, for this rank, on its device.
 
     Raises:
-        UserError: the batch does not divide by the ranks, or the source is all but unreadable.
+        UserError: the source is all but unreadable.
     """
     run = recipe.run
-    if run.batch_size % parallel.world:
-        raise UserError(f"run.batch_size {run.batch_size} does not divide by {parallel.world} ranks")
     order = ShuffledOrder(len(source), run.seed, block_starts=source.block_starts, window=source.window)
     workers = choose_workers(parallel) if run.workers < 0 else run.workers
     masks = partial(_masks_at, recipe, parallel.rank, parallel.world)

@@ -124,6 +124,7 @@ def prepared(
             share = plan.optimizer.freeze_backbone
             reasons.append(f"the heads start anew, and the backbone stays as it is for the first {share:.0%}")
     check(plan, "the recipe")
+    _check_ranks(plan, parallel)
     reasons += _memory_warning(plan, parallel)
     for reason in reasons:
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
@@ -177,6 +178,7 @@ def resumed(folder: Path, values: dict[str, Any], parallel: Parallel) -> Plan:
                 f"--{name} cannot change in a resumed run: start a new one, or edit {folder}/recipe.toml"
             )
     recipe = override(read_recipe(folder / "recipe.toml"), _with_absolute_paths(values), "the command line")
+    _check_ranks(recipe, parallel)
     start = None if all_checkpoints(folder / "checkpoints") else _loaded(recipe.model.start)
     try:
         source = open_source(recipe.data.train)
@@ -206,6 +208,15 @@ def _absolute(value: Any) -> Any:
     text = os.path.expanduser(value)  # noqa: PTH111  (a glob is no path)
     is_path = Path(text).exists() or "*" in text or not isinstance(value, str)
     return os.path.abspath(text) if is_path else value  # noqa: PTH100
+
+
+def _check_ranks(recipe: Recipe, parallel: Parallel) -> None:
+    batch, world = recipe.run.batch_size, parallel.world
+    if batch % world:
+        fewer = f"{batch - batch % world} and " if batch > world else ""
+        raise UserError(
+            f"run.batch_size {batch} does not divide by {world} ranks; {fewer}{batch - batch % world + world} do"
+        )
 
 
 def _memory_warning(recipe: Recipe, parallel: Parallel) -> list[str]:
