@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,20 @@ def test_a_run_has_a_folder_of_its_own(tile_folder: Path, tmp_path: Path) -> Non
         json.loads((data / "run" / "checkpoints" / "step_00000002" / "state.json").read_text())["num_images"]
         == count
     )
+
+
+def test_a_run_is_trained_by_one_process(tile_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said(tile_folder, out)
+    script = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    line = [sys.executable, "-c", script, str(out / ".lock")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"run is being trained by another process"):
+            said(None, out, resume=out, overrides={"run.steps": 3})
+        other.communicate(b"")
+    assert "3 steps in" in said(None, out, resume=out, overrides={"run.steps": 3})

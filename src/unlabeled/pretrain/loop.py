@@ -33,7 +33,7 @@ from unlabeled.pretrain.health import CollapseWatch, figures
 from unlabeled.pretrain.method import SelfDistillation
 from unlabeled.pretrain.optimizer import apply_schedule, parameter_groups
 from unlabeled.pretrain.parallel import Parallel
-from unlabeled.pretrain.plan import Plan, begun_by_this_job, prepared, resumed, write_plan
+from unlabeled.pretrain.plan import Plan, alone, begun_by_this_job, prepared, resumed, write_plan
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.recipes import read_recipe
 from unlabeled.pretrain.rows import Rows
@@ -142,7 +142,7 @@ def pretrain(
     evaluate = evaluation or _evaluation(plan.recipe, parallel)
     if not resume:
         write_plan(plan, parallel)
-    with tuned_for(parallel.device):
+    with alone(plan.folder, parallel), tuned_for(parallel.device):
         return _train(plan, parallel, evaluate, console)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from unlabeled.pretrain.start import Start, heads_fit, load_start, model_fields,
 HIGH_RESOLUTION = 518  # pixels, of the released models' last phase (DINOv2 appendix B)
 HIGH_RESOLUTION_STEPS = 10_000
 LOWER = 0.1  # learning rate of a run that begins with trained weights, over that of one that does not
+LOCK = ".lock"  # file of a run folder: held by the process that trains it
 JOB = ".job"  # file of a run folder: the torchrun job that began it
 FREEZE = 0.1  # share of the run in which heads that start anew learn to read a backbone that stays as it is
 
@@ -143,6 +148,31 @@ def write_plan(plan: Plan, parallel: Parallel) -> None:
             write_recipe(plan.recipe, plan.folder / "recipe.toml")
             (plan.folder / JOB).write_text(_job())
     parallel.barrier()
+
+
+@contextmanager
+def alone(folder: Path, parallel: Parallel) -> Iterator[None]:
+    """Keep a run folder to this job: two trainings that write to one would spoil both.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    if parallel.rank:
+        yield
+        return
+    with writing(folder):
+        file = (folder / LOCK).open("w")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network file systems have no locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder} is being trained by another process; wait for it, or end it"
+                ) from error
+        yield
 
 
 def begun_by_this_job(folder: Path) -> bool:
