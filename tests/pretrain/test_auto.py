@@ -96,6 +96,7 @@ def test_a_batch_that_is_too_large_for_the_memory_is_told(
     parts = int(warning.split("--run.accumulation ")[1].split()[0])
     assert "memory may not do: 16 GB hold about" in warning
     assert said(run_accumulation=parts) == said(run_batch_size=8) == ""
+    assert said(run_sharding="fsdp") == warning  # over one rank nothing is sharded
 
 
 def test_every_rank_has_the_same_share(tile_folder: Path, tmp_path: Path) -> None:

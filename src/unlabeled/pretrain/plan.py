@@ -254,10 +254,12 @@ def _memory_warning(recipe: Recipe, parallel: Parallel) -> list[str]:
     memory = auto.device_memory(parallel.device)
     fits = auto.images_that_fit(recipe, memory)
     local = math.ceil(recipe.run.batch_size / parallel.world)
-    if recipe.run.sharding == "fsdp" or math.ceil(local / recipe.run.accumulation) <= fits:
+    if (parallel.world > 1 and recipe.run.sharding == "fsdp") or math.ceil(
+        local / recipe.run.accumulation
+    ) <= fits:
         return []
     return [
-        f"memory may not do: {memory / 1e9:.0f} GB hold about {fits} images at a time; "
+        f"memory may not do: {memory / 1e9:.0f} GB hold about {fits} image{'s' * (fits > 1)} at a time; "
         f"--run.accumulation {math.ceil(local / fits)} cuts a step into parts that fit"
     ]
 
