@@ -22,7 +22,7 @@ setup(
         Extension(
             "unlabeled.curate._near",
             ["src/unlabeled/curate/_near.c"],
-            extra_compile_args=["-O3", "-std=gnu11"],
+            extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off"],
         ),
     ]
 )

@@ -10,6 +10,7 @@ of others at cosines of 0.82 to 0.99. Each size runs in a process of its own, wh
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ THRESHOLD = 0.8
 
 
 def made(count, width, path, seed=0):
-    """Write vectors as float16; return them mapped, and the rows of copies and of what they are copies of."""
+    """Write vectors as float16; return the rows of copies and of what they are copies of."""
     generator = np.random.default_rng(seed)
     classes = max(8, round(count**0.5))
     spectrum = np.arange(1, width + 1) ** -0.5
@@ -46,7 +47,7 @@ def made(count, width, path, seed=0):
     weights = np.arange(1, classes + 1) ** -0.7
     label = generator.choice(classes, count, p=weights / weights.sum())
     pick = generator.permutation(count)
-    copies = pick[: count // 10]
+    copies = np.sort(pick[: count // 10])  # in the order in which they are written
     originals = pick[len(copies) :][generator.integers(count // 20, size=len(copies))]
     vectors = np.lib.format.open_memmap(path, "w+", np.float16, (count, width))
     for start, stop in spans(count, 65536):
@@ -61,6 +62,13 @@ def made(count, width, path, seed=0):
         vectors[copies[start:stop]] = cosine * block + np.sqrt(1 - cosine**2) * other
     vectors.flush()
     del vectors
+    return copies, originals
+
+
+def made_elsewhere(count, width, path):
+    """The same by a process of its own, so that its memory does not count; and the vectors mapped."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        copies, originals = pool.apply(made, (count, width, path))
     return np.load(path, mmap_mode="r"), copies, originals
 
 
@@ -88,7 +96,7 @@ def all_edges(vectors, threshold):
 
 def duplicates(size, width, resources, brute):
     with tempfile.TemporaryDirectory() as folder:
-        vectors, copies, originals = made(size, width, Path(folder) / "vectors.npy")
+        vectors, copies, originals = made_elsewhere(size, width, Path(folder) / "vectors.npy")
         rate = product_rate(width)
         begun, used = time.perf_counter(), time.process_time()
         found = near_duplicates(vectors, THRESHOLD, resources=resources)
@@ -129,7 +137,7 @@ def clusters(size, width, k, resources):
 
     iterations = 10
     with tempfile.TemporaryDirectory() as folder:
-        vectors, *_ = made(size, width, Path(folder) / "vectors.npy")
+        vectors, *_ = made_elsewhere(size, width, Path(folder) / "vectors.npy")
         whole = Rows(vectors).between(0, size)
         results = {"size": size, "clusters": k, "gemm_gflops": product_rate(width) / 1e9}
 
@@ -160,7 +168,7 @@ def clusters(size, width, k, resources):
 
 def tree(size, width, levels, resources):
     with tempfile.TemporaryDirectory() as folder:
-        vectors, *_ = made(size, width, Path(folder) / "vectors.npy")
+        vectors, *_ = made_elsewhere(size, width, Path(folder) / "vectors.npy")
         rate = product_rate(width)
         begun, used = time.perf_counter(), time.process_time()
         found = hierarchical_kmeans(vectors, levels, rounds=1, iterations=10, resources=resources)

@@ -38,7 +38,7 @@ def test_pairs_are_those_of_brute_force(tmp_path):
     true = set(map(tuple, np.argwhere(np.triu(unit @ unit.T >= 0.99, 1)).tolist()))
     assert len(true) > 500
     with neighbours.prepared(vectors, 0.99, 1, Resources()) as (join, _):
-        assert join.codes.codes_NW.shape[1] < 40  # sketched
+        assert join.cells.codes.codes_NW.shape[1] < 40  # sketched
     parts = list(pairs_above(vectors, 0.99, recall=1))
     left, right, cosines = (np.concatenate(column) for column in zip(*parts, strict=True))
     assert len(left) == len(true) and set(zip(left.tolist(), right.tolist(), strict=True)) == true

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,8 @@ from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arra
 LARGEST = 63  # of an integer; its code is 63 more
 WIDTHS = 8  # multiples of which the C code can do
 TARGETS = 512  # rows that stay in the cache while the queries pass
-ROOM = 1 << 17  # pairs that are given at a time
+ROOM = 1 << 15  # pairs that are given at a time
+PAIRS = 4096  # whose products are computed one by one together
 NOTHING = np.float32(1e6)  # inverse scale of a row of zeros, so that it is near to none
 
 
@@ -54,24 +56,57 @@ class Codes:
     ) -> Iterator[tuple[Integers, Integers]]:
         """Give the pairs of queries and targets whose cosine may be at least the threshold, some at a time.
 
-        That is s t (a . b) + slack (s + t) >= threshold, or a . b >= threshold / (s t) - slack (1 / s + 1 / t).
+        That is s t (a . b) + slack (s + t) >= threshold, or a . b >= (threshold / s - slack) / t - slack / s.
         queries_Q, targets_T: rows. Gives their places, int64 (P,) each.
         """
-        left, right = np.empty(ROOM, np.int32), np.empty(ROOM, np.int32)
-        for first, last in spans(len(targets_T), TARGETS):
-            targets, following = np.ascontiguousarray(targets_T[first:last]), 0
-            while following < len(queries_Q):
-                count, following = near_rows(
-                    self.codes_NW,
-                    self.inverse_N,
-                    queries_Q,
-                    following,
-                    targets,
-                    threshold,
-                    self.slack,
-                    left,
-                    right,
-                )
+        inverse_Q, slack = self.inverse_N[queries_Q], np.float32(self.slack)
+        slope, less = np.float32(threshold) * inverse_Q - slack, slack * inverse_Q
+        ones = np.ones(len(targets_T), np.float32)
+        queries = Queries(self.codes_NW, queries_Q, slope, less)
+        return near(queries, Targets(self.codes_NW, targets_T, self.inverse_N[targets_T], ones))
+
+    def products(self, rows_P: Integers, others: Codes, others_P: Integers) -> Floats:
+        """Products (P,) of integers of some rows with those of rows of others; exact."""
+        result = np.empty(len(rows_P), np.float32)
+        for start, stop in spans(len(rows_P), PAIRS):
+            one = self.codes_NW[rows_P[start:stop]].astype(np.float32) - LARGEST
+            other = others.codes_NW[others_P[start:stop]].astype(np.float32) - LARGEST
+            result[start:stop] = np.einsum("pw,pw->p", one, other)
+        return result
+
+
+class Queries(NamedTuple):
+    """Rows of codes, each with two float32: see `near`."""
+
+    codes_NW: NDArray[np.uint8]
+    rows_Q: Integers
+    slope_Q: Floats
+    less_Q: Floats
+
+
+class Targets(NamedTuple):
+    """Rows of codes, each with two float32: see `near`."""
+
+    codes_NW: NDArray[np.uint8]
+    rows_T: Integers
+    scale_T: Floats
+    weight_T: Floats
+
+
+def near(queries: Queries, targets: Targets) -> Iterator[tuple[Integers, Integers]]:
+    """Give the pairs whose product of integers is at least slope scale - less weight, some at a time, by queries.
+
+    Gives their places among queries and targets, int64 (P,) each.
+    """
+    for first, last in spans(len(targets.rows_T), TARGETS):
+        some = (targets.rows_T[first:last], targets.scale_T[first:last], targets.weight_T[first:last])
+        following = 0
+        while following < len(queries.rows_Q):
+            left, right = np.empty(ROOM, np.int32), np.empty(ROOM, np.int32)
+            count, following = near_rows(
+                targets.codes_NW.shape[1], *queries, following, targets.codes_NW, *some, left, right
+            )
+            if count:
                 yield left[:count].astype(np.int64), right[:count].astype(np.int64) + first
 
 
@@ -81,30 +116,37 @@ def coded(rows: Rows, is_exact: bool, folder: Path, resources: Resources) -> Cod
     is_exact: no pair at all may be lost by them.
     """
     width = rows.shape[1]
-    padded = -(-width // WIDTHS) * WIDTHS
-    with threadpool_limits(1):  # the same to the last bit on any number of cores
-        drawn = np.random.default_rng([resources.seed, 9]).normal(size=(width, width))
-        turn = np.ascontiguousarray(np.linalg.qr(drawn)[0], np.float32)
+    turn = turn_of(width, resources.seed)
     size = resources.block_rows(12 * width)
     blocks = spans(len(rows), size)
     context, held = (rows, turn, folder), 16 * size * width
     files = resources.written(_write_block, context, folder, "codes-{:06d}.npz", blocks, held)
-    codes, inverse = np.empty((len(rows), padded), np.uint8), np.empty(len(rows), np.float32)
+    codes = np.empty((len(rows), -(-width // WIDTHS) * WIDTHS), np.uint8)
+    inverse = np.empty(len(rows), np.float32)
     for (start, stop), file in zip(blocks, files, strict=True):
         part = load_arrays(file)
-        codes[start:stop, :width], codes[start:stop, width:] = part["codes"], LARGEST
-        inverse[start:stop] = part["inverse"]
+        codes[start:stop], inverse[start:stop] = part["codes"], part["inverse"]
     # 1.1: what two errors have with each other, of scales up to .2 / sqrt(W), and rounding of the products.
     return Codes(codes, inverse, 1.1 * float(np.sqrt(width)) / 2 if is_exact else 1.0)
 
 
+def turn_of(width: int, seed: int) -> Floats:
+    """Return the random rotation (D, D) of vectors of a width."""
+    with threadpool_limits(1):  # the same to the last bit on any number of cores
+        drawn = np.random.default_rng([seed, 9]).normal(size=(width, width))
+        return np.ascontiguousarray(np.linalg.qr(drawn)[0], np.float32)
+
+
 def codes_of(block_nD: Floats, turn_DD: Floats) -> tuple[NDArray[np.uint8], Floats]:
-    """Return the codes (n, D) of vectors of length 1, or 0, and the inverses (n,) of their scales."""
+    """Return the codes (n, W) of vectors of length 1, or 0, and the inverses (n,) of their scales."""
     turned = block_nD @ turn_DD
     largest = np.abs(turned).max(axis=1)
     inverse = np.where(largest > 0, LARGEST / np.where(largest > 0, largest, 1), NOTHING).astype(np.float32)
     turned *= inverse[:, None]
-    return (np.rint(turned) + LARGEST).astype(np.uint8), inverse
+    width = turned.shape[1]
+    codes = np.full((len(turned), -(-width // WIDTHS) * WIDTHS), LARGEST, np.uint8)
+    codes[:, :width] = np.rint(turned) + LARGEST
+    return codes, inverse
 
 
 def _write_block(context: tuple[Rows, Floats, Path], item: tuple[int, tuple[int, int]]) -> None:

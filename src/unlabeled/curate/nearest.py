@@ -84,7 +84,7 @@ def _in_cells(
     rows: Rows, queries: Rows, k: int, above: float, recall: float, folder: Path, resources: Resources
 ) -> Nearest:
     centroids = find_centroids(rows, folder, resources)
-    cells = lay_out(rows, centroids, 0, folder, resources)
+    cells = lay_out(rows, centroids, folder, resources)
     file = folder / "probes.json"
     if not file.is_file():
         probes, found, pairs, count = _chosen(rows, queries, cells, centroids, k, above, recall, resources)

@@ -1,6 +1,6 @@
 """All pairs of vectors above a cosine: exact products inside the few nearest cells of a k-means.
 
-Each vector lies in the cell of its nearest centroid, and is compared with all of that cell. Two vectors of different
+Each vector lies in the cell of a centroid near to it, and is compared with all of that cell. Two vectors of different
 cells i and j lie on either side of the plane midway between the centroids, so one of them is no farther from it than
 half their distance, which is sqrt(2 - 2 cosine) at most. A vector therefore also probes those cells whose plane is
 nearer than a share of that: with a share of 1/2 every pair is found; the difference of two neighbours has many
@@ -8,16 +8,16 @@ directions, so a far smaller one finds nearly all. The share is chosen on a samp
 the recall is measured on another sample against brute force.
 
 All this is done with short sketches of the vectors, whose cosines are upper bounds (`unlabeled.curate.sketch`), and
-the comparing with small integers in place of those (`unlabeled.curate.codes`); pairs that are near by these are looked
-at in full.
+with small integers in place of those (`unlabeled.curate.codes`); pairs that are near by these are looked at in full.
 
 Shape suffixes: N vectors, D width, K cells, n rows of a block, P pairs.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,12 @@ import numpy as np
 
 from unlabeled.atomic import replacing
 from unlabeled.curate.blocks import Floats, Integers, Resources, Rows, load_arrays, save_arrays, spans
-from unlabeled.curate.cells import BYTES_OF_A_ROW, FEW, TILE, Cells, check_memory, find_centroids, lay_out
-from unlabeled.curate.codes import ROOM, Codes, coded
+from unlabeled.curate.cells import BYTES_OF_A_ROW, FEW, TILE, check_memory
+from unlabeled.curate.coded_cells import VISITS, CodedCells, Reach, find_centroids, lay_out
+from unlabeled.curate.codes import ROOM, coded
 from unlabeled.curate.components import UnionFind, forest
 from unlabeled.curate.kmeans import NO_LIMITS
-from unlabeled.curate.margin import chosen_margin, drawn_pairs, measured_recall
+from unlabeled.curate.margin import chosen_reach, drawn_pairs, measured_recall
 from unlabeled.curate.products import LOOKED_AT, ROUNDING, cosines_of
 from unlabeled.curate.recall import Recall
 from unlabeled.curate.sketch import sketched
@@ -58,24 +59,29 @@ class Join:
 
     Attributes:
         rows: of it, in full.
-        cells: of it.
-        codes: of the rows, or of sketches of them, by cell.
+        cells: of it, or of sketches of its rows.
         threshold: cosine.
         recall: of the pairs above it.
-        margin: share of the distance within which a cell is probed.
+        reach: within which cells are probed.
     """
 
     rows: Rows
-    cells: Cells
-    codes: Codes
+    cells: CodedCells
     threshold: float
     recall: Recall
-    margin: float
+    reach: Reach
 
     @property
     def task_bytes(self) -> int:
         """Bytes that a task holds."""
-        return 8 * LOOKED_AT * self.rows.shape[1] + 32 * JOINED + 24 * ROOM
+        return 8 * LOOKED_AT * self.rows.shape[1] + 32 * JOINED + 24 * ROOM + 32 * VISITS
+
+
+@dataclass
+class Tally:
+    """Cosines computed by a task."""
+
+    compared: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,13 @@ def components(
         name = "connected-{:06d}.npz"
         tasks, held = join.cells.tasks, join.task_bytes
         files = resources.written(_connect_cells, (join, folder), folder, name, tasks, held)
-        sets, pairs = UnionFind(len(vectors)), 0
+        sets, pairs, compared = UnionFind(len(vectors)), 0, 0
         for file in files:
             found = load_arrays(file)
             sets.union(found["left"], found["right"])
             pairs += int(found["count"])
-        return Components(sets.labels(), pairs, join.cells.compared, join.recall)
+            compared += int(found["compared"])
+        return Components(sets.labels(), pairs, compared, join.recall)
 
 
 @contextmanager
@@ -149,38 +156,25 @@ def prepared(
     with resources.folder("neighbours", identity) as folder:
         short = sketched(rows, threshold, folder, resources) if len(rows) > FEW else None
         near = rows if short is None else short
-        codes = coded(near, recall == 1, folder, resources)
-        centroids = _apart(find_centroids(near, folder, resources), threshold)
-        file, sample_file = folder / "margin.json", folder / "sample.npz"
+        is_exact = recall == 1
+        centroids = find_centroids(near, threshold, folder, resources)
+        cells = lay_out(
+            near, coded(near, is_exact, folder, resources), centroids, is_exact, folder, resources
+        )
+        file, sample_file = folder / "reach.json", folder / "sample.npz"
         if not file.is_file():
-            sample = drawn_pairs(rows, near, codes, centroids, threshold, recall, resources)
+            sample = drawn_pairs(rows, near, cells, threshold, recall, resources)
             save_arrays(sample_file, **sample)
             with replacing(file) as temporary:
-                temporary.write_text(json.dumps({"margin": chosen_margin(sample, recall)}))
-        margin = json.loads(file.read_text())["margin"]
-        reach = margin * float(np.sqrt(2 - 2 * threshold))
-        cells = lay_out(near, centroids, reach, folder, resources)
-        codes = codes.taken(cells.order_N)  # a fourth faster where those that probe a cell lie together
-        measured = measured_recall(cells, load_arrays(sample_file))
-        yield Join(rows, cells, codes, threshold, measured, margin), folder
-
-
-def _apart(centroids_KD: Floats, threshold: float) -> Floats:
-    """Leave out centroids as near to an earlier one as the threshold.
-
-    Thousands of copies of one image draw many centroids, and copies in different cells would probe all of them.
-    """
-    table = centroids_KD @ centroids_KD.T
-    free = np.ones(len(centroids_KD), bool)
-    for number in range(len(centroids_KD)):
-        if free[number]:
-            free[number + 1 :] &= table[number, number + 1 :] < threshold
-    return centroids_KD[free]
+                temporary.write_text(json.dumps(chosen_reach(sample, threshold, recall)))
+        reach = Reach(*json.loads(file.read_text()))
+        measured = measured_recall(cells, load_arrays(sample_file), reach)
+        yield Join(rows, cells, threshold, measured, reach), folder
 
 
 def _join_cells(join: Join, span: tuple[int, int]) -> Pairs:
     """All pairs of rows that some cells have."""
-    found = [pairs for cell in range(*span) for pairs in _cell_pairs(join, cell)]
+    found = list(_pairs_of(join, span))
     join.rows.release()
     if not found:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
@@ -195,24 +189,25 @@ def _connect_cells(context: tuple[Join, Path], item: tuple[int, tuple[int, int]]
     number, span = item
     order = join.cells.order_N
     left, right, count, held = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0, 0
-    for cell in range(*span):
-        balls = _balls(join, cell)
-        for ball in range(int(balls.max(initial=-1)) + 1):
-            inside = order[join.cells.starts[cell] + np.flatnonzero(balls == ball)]
+    balls, tally = {cell: _balls(join, cell) for cell in range(*span)}, Tally()
+    for cell, numbers in balls.items():
+        for ball in range(int(numbers.max(initial=-1)) + 1):
+            inside = order[join.cells.starts[cell] + np.flatnonzero(numbers == ball)]
             count += len(inside) * (len(inside) - 1) // 2
             left.append(np.full(len(inside) - 1, inside[0]))
             right.append(inside[1:])
-        for pairs in _cell_pairs(join, cell, balls):
-            count += len(pairs.left_P)
-            held += len(pairs.left_P)
-            left.append(order[pairs.left_P])
-            right.append(order[pairs.right_P])
-            if held > JOINED:
-                left, right = ([part] for part in forest(np.concatenate(left), np.concatenate(right)))
-                held = 0
+    for pairs in _pairs_of(join, span, balls, tally):
+        count += len(pairs.left_P)
+        held += len(pairs.left_P)
+        left.append(order[pairs.left_P])
+        right.append(order[pairs.right_P])
+        if held > JOINED:
+            left, right = ([part] for part in forest(np.concatenate(left), np.concatenate(right)))
+            held = 0
     join.rows.release()
     fewest = forest(np.concatenate(left), np.concatenate(right))
-    save_arrays(folder / f"connected-{number:06d}.npz", left=fewest[0], right=fewest[1], count=count)
+    file = folder / f"connected-{number:06d}.npz"
+    save_arrays(file, left=fewest[0], right=fewest[1], count=count, compared=tally.compared)
 
 
 def _balls(join: Join, cell: int) -> Integers:
@@ -247,13 +242,19 @@ def _balls(join: Join, cell: int) -> Integers:
     return balls
 
 
-def _cell_pairs(join: Join, cell: int, balls: Integers | None = None) -> Iterator[Pairs]:
-    """Give pairs of stored rows: a cell's members with each other and with those that probe it.
+def _pairs_of(
+    join: Join,
+    span: tuple[int, int],
+    balls: Mapping[int, Integers] | None = None,
+    tally: Tally | None = None,
+) -> Iterator[Pairs]:
+    """Give pairs of stored rows: members of cells with each other, and those that probe a cell with its members.
 
-    balls: of members with the same number but -1 no pair is given, see `_balls`.
+    balls: of each cell; of members with the same number but -1 no pair is given, see `_balls`.
     """
-    columns, held = [], 0
-    for left, right in _near_pairs(join, cell, balls):
+    columns, held, tally, balls = [], 0, tally or Tally(), balls or {}
+    within = (pair for cell in range(*span) for pair in _pairs_within(join, cell, balls.get(cell), tally))
+    for left, right in itertools.chain(within, _pairs_across(join, span, tally)):
         columns.append((left, right))
         held += len(left)
         if held > LOOKED_AT:
@@ -272,11 +273,12 @@ def _in_full(join: Join, columns: list[tuple[Integers, Integers]]) -> Pairs:
     return Pairs(left[above], right[above], cosines[above])
 
 
-def _near_pairs(join: Join, cell: int, balls: Integers | None) -> Iterator[tuple[Integers, Integers]]:
-    """Give pairs of stored rows whose codes are above the threshold, each once; see `_cell_pairs`."""
-    cells, codes = join.cells, join.codes
-    begin, end = cells.starts[cell : cell + 2].tolist()
-    members = np.arange(begin, end)
+def _pairs_within(
+    join: Join, cell: int, balls: Integers | None, tally: Tally
+) -> Iterator[tuple[Integers, Integers]]:
+    """Give pairs of a cell's members whose codes are above the threshold, each once; see `_pairs_of`."""
+    members = join.cells.members(cell)
+    tally.compared += len(members) * (len(members) + 1) // 2
     ball = np.full(len(members), -1, np.int64) if balls is None else np.sort(balls)
     if balls is not None:
         members = members[np.argsort(balls, kind="stable")]
@@ -284,13 +286,34 @@ def _near_pairs(join: Join, cell: int, balls: Integers | None) -> Iterator[tuple
         for start, stop in spans(last, TILE):
             if ball[start] >= 0 and ball[start] == ball[last - 1]:
                 continue  # all of one ball, as they are sorted by it
-            for left, right in codes.near(members[start:stop], members[first:last], join.threshold):
+            for left, right in join.cells.codes.near(
+                members[start:stop], members[first:last], join.threshold
+            ):
                 left, right = left + start, right + first
                 once = (left < right) & ((ball[left] < 0) | (ball[left] != ball[right]))
                 yield members[left[once]], members[right[once]]
-    probing = cells.probing(cell)
-    for left, right in codes.near(probing, members, join.threshold):
-        a, b = probing[left], members[right]
-        # Where each probes the cell of the other, the pair comes up twice.
-        once = (a < b) | ~cells.has_probe(b, cells.cells_N[a])
-        yield a[once], b[once]
+
+
+def _pairs_across(join: Join, span: tuple[int, int], tally: Tally) -> Iterator[tuple[Integers, Integers]]:
+    """Give pairs of rows of some cells with members of those that they probe, by codes, each once."""
+    cells, columns, held = join.cells, [], 0
+    for cell, probing in cells.probing(span, join.reach):
+        members = cells.members(cell)
+        tally.compared += len(probing) * len(members)
+        for left, right in cells.codes.near(probing, members, join.threshold):
+            columns.append((probing[left], members[right]))
+            held += len(left)
+            if held > LOOKED_AT:
+                yield _once(join, columns)
+                columns, held = [], 0
+    if held:
+        yield _once(join, columns)
+
+
+def _once(join: Join, columns: list[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
+    """Leave out the second of pairs that come up twice, as each row probes the cell of the other."""
+    left, right = (np.concatenate(column) for column in zip(*columns, strict=True))
+    once = left < right
+    later = np.flatnonzero(~once)
+    once[later] = ~join.cells.has_probe(right[later], join.cells.cell_of(left[later]), join.reach)
+    return left[once], right[once]

@@ -20,7 +20,7 @@ from unlabeled.curate.blocks import Floats, Parts, Resources, Rows, save_array, 
 SAMPLE = 16384  # vectors that the directions are found with, and that the width is chosen on
 QUERIES = 2048  # of them, compared with all of the sample
 SHARES = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of the width, that a sketch may have
-MOST_PAIRS = 8  # expected for each vector that are near among the sketches and have to be looked at in full
+MOST_PAIRS = 0.01  # times the root of N, as products grow: near each sketch and looked at in full in vain
 ROUNDED_UP = 1e-6  # of a squared length
 SLACK = 1e-5  # what rounding may take from a bound
 
@@ -75,7 +75,7 @@ def _basis(rows: Rows, threshold: float, folder: Path, resources: Resources) -> 
         chosen = directions[:, :0]
         for share in SHARES:
             some = directions[:, : round(share * width)]
-            most = MOST_PAIRS / len(rows)
+            most = MOST_PAIRS / len(rows) ** 0.5
             if some.shape[1] and _has_few_pairs(sample, sketches(sample, some), threshold, most):
                 chosen = some
                 break
