@@ -36,7 +36,8 @@ typedef struct {
 } Limit;
 
 /* Write for each of some queries the bits of those among LANES targets from `block` on that are near it. */
-typedef void Near(const Targets *targets, int block, const uint8_t *const *queries, const Limit *limits, uint32_t *bits);
+typedef void Near(const Targets *targets, int block, const uint8_t *const *queries, const Limit *limits,
+                  uint32_t *bits);
 
 static void near_plain(const Targets *targets, int block, const uint8_t *const *queries, const Limit *limits,
                        uint32_t *bits) {
@@ -150,12 +151,15 @@ static void lay_out(Targets *targets, const uint8_t *codes, const int64_t *rows,
         const int from = at < targets->count ? at : 0; /* the last ones fill up, and are not looked at */
         const uint8_t *row = codes + rows[from] * targets->width;
         int8_t *place = targets->codes + (size_t)(at / LANES) * LANES * targets->width + at % LANES * 4;
-        int32_t sum = 0;
-        for (int k = 0; k < targets->width; k += 4, place += 4 * LANES)
-            for (int i = 0; i < 4; i++) {
-                place[i] = (int8_t)(row[k + i] - ZERO);
-                sum += row[k + i] - ZERO;
-            }
+        for (int k = 0; k < targets->width; k += 4, place += 4 * LANES) {
+            uint32_t word; /* four codes, from each of which ZERO is taken; the highest bits are there to be borrowed */
+            memcpy(&word, row + k, 4);
+            word = ((word | 0x80808080u) - ZERO * 0x01010101u) ^ 0x80808080u;
+            memcpy(place, &word, 4);
+        }
+        int32_t sum = -ZERO * targets->width;
+        for (int k = 0; k < targets->width; k++)
+            sum += row[k];
         targets->offset[at] = ZERO * sum;
         targets->scale[at] = scale[from];
         targets->weight[at] = weight[from];
