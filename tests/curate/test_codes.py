@@ -89,7 +89,7 @@ def test_a_row_of_zeros_is_near_to_none(tmp_path):
 
 
 def test_more_pairs_than_there_is_room_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ROOM", 300)
+    monkeypatch.setattr(module, "ROOM", 1100)
     monkeypatch.setattr(module, "TARGETS", 64)
     rows = Rows(np.ones((333, 16), np.float32))
     codes = coded(rows, False, tmp_path, Resources())
@@ -99,7 +99,7 @@ def test_more_pairs_than_there_is_room_for(tmp_path, monkeypatch):
 
 def test_of_thousands_of_copies_the_sample_takes_some(tmp_path, monkeypatch):
     """All pairs of all its queries would be gigabytes where half of a million images are copies of one."""
-    monkeypatch.setattr(module, "ROOM", 4096)
+    monkeypatch.setattr(module, "ROOM", 8192)
     monkeypatch.setattr(coded_cells, "FEW", 9000)
     rows = Rows(np.ones((9000, 16), np.float32))
     codes = coded(rows, False, tmp_path, Resources())

@@ -18,8 +18,8 @@ enum {
     ZERO = 63,    /* the code of 0 */
     GROUP = 8,    /* codes of a row that are multiplied at a time; widths are multiples of it */
     LANES = 32,   /* targets beside each other */
-    TOGETHER = 4, /* queries that pass a block of targets together */
-    AHEAD = 8,    /* queries whose codes are fetched before they are needed */
+    TOGETHER = 4, /* queries that are multiplied together */
+    BATCH = 16,   /* queries that pass a block of targets while that is in the nearest cache */
 };
 
 /* Targets, laid out as they are read: (LANES targets, 4 codes) one after the other, signed. */
@@ -185,26 +185,27 @@ typedef struct {
     const float *slope, *less;
 } Queries;
 
-/* Compare queries from `next` on while there is room for all pairs of TOGETHER of them; return the next one. */
+/* Compare queries from `next` on while there is room for all pairs of BATCH of them; return the next one. */
 static Py_ssize_t compare(const Targets *targets, const Queries *queries, Py_ssize_t next, Near *near, Pairs *pairs) {
     const int width = targets->width, blocks = (targets->count + LANES - 1) / LANES;
     const uint32_t last = targets->count % LANES ? (1u << targets->count % LANES) - 1 : UINT32_MAX;
-    while (next < queries->count && pairs->count + TOGETHER * targets->count <= pairs->room) {
-        const int some = queries->count - next < TOGETHER ? (int)(queries->count - next) : TOGETHER;
-        const uint8_t *codes[TOGETHER];
-        Limit limits[TOGETHER];
-        for (int q = 0; q < TOGETHER; q++) {
+    while (next < queries->count && pairs->count + BATCH * targets->count <= pairs->room) {
+        const int some = queries->count - next < BATCH ? (int)(queries->count - next) : BATCH;
+        const uint8_t *codes[BATCH];
+        Limit limits[BATCH];
+        for (int q = 0; q < BATCH; q++) {
             const Py_ssize_t from = next + (q < some ? q : 0); /* the last ones fill up, and are not looked at */
             codes[q] = queries->codes + queries->rows[from] * width;
             limits[q] = (Limit){queries->slope[from], queries->less[from]};
-            if (from + AHEAD < queries->count)
+            if (from + BATCH < queries->count)
                 for (int k = 0; k < width; k += 64)
-                    __builtin_prefetch(queries->codes + queries->rows[from + AHEAD] * width + k);
+                    __builtin_prefetch(queries->codes + queries->rows[from + BATCH] * width + k);
         }
         for (int block = 0; block < blocks; block++) {
             const uint32_t valid = block == blocks - 1 ? last : UINT32_MAX;
-            uint32_t bits[TOGETHER];
-            near(targets, block, codes, limits, bits);
+            uint32_t bits[BATCH];
+            for (int q = 0; q < some; q += TOGETHER)
+                near(targets, block, codes + q, limits + q, bits + q);
             for (int q = 0; q < some; q++)
                 put(pairs, bits[q] & valid, (int)next + q, block);
         }
@@ -228,7 +229,7 @@ static int do_fit(const Py_buffer *held, Py_ssize_t width, Py_ssize_t next, Py_s
                   Py_ssize_t room) {
     if (width < GROUP || width % GROUP || width > 1 << 16 || held[QUERY_CODES].len % width ||
         held[TARGET_CODES].len % width || count < 1 || count > 1 << 20 || next < 0 || total > INT32_MAX ||
-        TOGETHER * count > room)
+        BATCH * count > room)
         return 0;
     for (int i = SLOPE; i <= LESS; i++)
         if (held[i].len != total * (Py_ssize_t)sizeof(float))

@@ -20,7 +20,7 @@ def near_rows(
 
     Near are those whose product of integers is at least slope * scale - less * weight, in float32.
     query_codes, target_codes: uint8 (N, width), width a multiple of 8. queries, targets: int64, rows of them.
-    slope, less: float32, of each query. scale, weight: float32, of each target. left, right: int32, for at least four
-    pairs of each target. slower: 1 for AVX2 at most, 2 for the code for any processor.
+    slope, less: float32, of each query. scale, weight: float32, of each target. left, right: int32, for at least
+    sixteen pairs of each target. slower: 1 for AVX2 at most, 2 for the code for any processor.
     Returns the number of pairs, and the next query.
     """
