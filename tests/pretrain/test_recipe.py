@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlabeled.errors import UserError
@@ -103,6 +103,7 @@ def test_a_wrong_field_is_one_line(name: str, value: object, word: str) -> None:
     assert name.split(".")[-1] in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-9, 1e3), st.integers(1, 10**9), st.booleans())
 def test_text_and_value_mean_the_same(rate: float, steps: int, flag: bool) -> None:
     values = {"optimizer.lr": rate, "run.steps": steps, "run.compile": flag}
