@@ -6,7 +6,10 @@ import numpy as np
 from PIL import Image
 
 from unlabeled.images.sources import open_source
+from unlabeled.pretrain.crops import draw_parameters
 from unlabeled.pretrain.pictures import loss_curves, neighbours, pca
+from unlabeled.pretrain.recipes import named_recipe
+from unlabeled.pretrain.show_crops import draw_crops
 from unlabeled.vit import VisionTransformer, VitConfig
 
 
@@ -39,3 +42,22 @@ def test_no_legend_lies_over_a_curve() -> None:
     low, high = figure.axes[1].get_ylim()
     assert low == 0
     assert high > 4
+
+
+def test_crops_are_drawn_where_they_were_taken(photograph: np.ndarray) -> None:
+    recipe = named_recipe("tiny").crops
+    image = np.ascontiguousarray(photograph[:200, :300])
+    figure = draw_crops(image, recipe, seed=3)
+    whole, *grid = figure.get_axes()
+    parameters = draw_parameters(200, 300, recipe, np.random.default_rng(3))
+    boxes = [(*box.get_xy(), box.get_width(), box.get_height()) for box in whole.patches]
+    assert boxes == [tuple(row[name] for name in ("left", "top", "width", "height")) for row in parameters]
+    names = ["global 1", "global 2", "local 1", "local 2", "local 3", "local 4"]
+    assert [text.get_text() for text in whole.texts] == names
+    shown = [axes for axes in grid if axes.images]
+    assert [axes.get_title().split(",")[0] for axes in shown] == names
+    assert [axes.images[0].get_size() for axes in shown] == [(128, 128)] * 2 + [(64, 64)] * 4
+    for text in whole.texts:  # the names of the two kinds stand in other corners
+        assert (text.get_ha(), text.get_va()) == (
+            ("right", "bottom") if "global" in text.get_text() else ("left", "top")
+        )

@@ -44,7 +44,12 @@ def draw_crops(image_HW3: NDArray[np.uint8], recipe: CropRecipe, seed: int) -> F
         box = Rectangle((row["left"], row["top"]), row["width"], row["height"], fill=False, edgecolor=colour)
         axes.add_patch(box)
         name = f"global {number + 1}" if is_global else f"local {number - num_globals + 1}"
-        axes.text(row["left"] + 4, row["top"] + 4, name, color="white", fontsize=6, va="top",
+        # Names of global crops stand in the corner where those of local crops do not.
+        x, y = row["left"] + 4, row["top"] + 4
+        if is_global:
+            x, y = row["left"] + row["width"] - 4, row["top"] + row["height"] - 4
+        axes.text(x, y, name, color="white", fontsize=6,
+                  ha="right" if is_global else "left", va="bottom" if is_global else "top",
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})  # fmt: skip
         grid[number].imshow(crop.transpose(1, 2, 0))
         grid[number].set(xticks=[], yticks=[])
