@@ -31,10 +31,10 @@ from unlabeled.curate.blocks import (
     save_arrays,
     spans,
 )
+from unlabeled.curate.cells import FEW
 from unlabeled.curate.codes import LARGEST, Codes, Queries, Targets, codes_of, near, turn_of
 from unlabeled.curate.kmeans import assign, train
 
-FEW = 8192  # vectors that make one cell
 DENSITY = 0.8  # cells are so many times N^(2/3): of 58 vectors where there are 100,000, of 125 of a million
 CELLS_OF_A_REGION = 128
 TRAINED_ON = 16  # vectors for each cell that centroids are found with

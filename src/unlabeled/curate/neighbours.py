@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,21 +254,34 @@ def _pairs_of(
 
     balls: of each cell; of members with the same number but -1 no pair is given, see `_balls`.
     """
-    columns, held, tally, balls = [], 0, tally or Tally(), balls or {}
+    tally, balls = tally or Tally(), balls or {}
     within = (pair for cell in range(*span) for pair in _pairs_within(join, cell, balls.get(cell), tally))
-    for left, right in itertools.chain(within, _pairs_across(join, span, tally)):
+    across = (_once(join, *some) for some in _gathered(_pairs_across(join, span, tally)))
+    for left, right in _gathered(itertools.chain(within, across)):
+        yield _in_full(join, left, right)
+
+
+def _gathered(pairs: Iterable[tuple[Integers, Integers]]) -> Iterator[tuple[Integers, Integers]]:
+    """Give the same pairs, more than LOOKED_AT at a time but for the last ones."""
+    columns: list[tuple[Integers, Integers]] = []
+    held = 0
+    for left, right in pairs:
         columns.append((left, right))
         held += len(left)
         if held > LOOKED_AT:
-            yield _in_full(join, columns)
+            yield _joined(columns)
             columns, held = [], 0
     if held:
-        yield _in_full(join, columns)
+        yield _joined(columns)
 
 
-def _in_full(join: Join, columns: list[tuple[Integers, Integers]]) -> Pairs:
-    """Those of some pairs of stored rows that are above the threshold in full."""
+def _joined(columns: list[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
     left, right = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return left, right
+
+
+def _in_full(join: Join, left: Integers, right: Integers) -> Pairs:
+    """Those of some pairs of stored rows that are above the threshold in full."""
     order = join.cells.order_N
     cosines = cosines_of(join.rows, order[left], order[right])
     above = cosines >= join.threshold - ROUNDING
@@ -297,24 +310,16 @@ def _pairs_within(
 
 
 def _pairs_across(join: Join, span: tuple[int, int], tally: Tally) -> Iterator[tuple[Integers, Integers]]:
-    """Give pairs of rows of some cells with members of those that they probe, by codes, each once."""
-    cells, columns, held = join.cells, [], 0
-    for cell, probing in cells.probing(span, join.reach):
-        members = cells.members(cell)
+    """Give pairs of rows of some cells with members of those that they probe, by codes; some of them twice."""
+    for cell, probing in join.cells.probing(span, join.reach):
+        members = join.cells.members(cell)
         tally.compared += len(probing) * len(members)
-        for left, right in cells.codes.near(probing, members, join.threshold):
-            columns.append((probing[left], members[right]))
-            held += len(left)
-            if held > LOOKED_AT:
-                yield _once(join, columns)
-                columns, held = [], 0
-    if held:
-        yield _once(join, columns)
+        for left, right in join.cells.codes.near(probing, members, join.threshold):
+            yield probing[left], members[right]
 
 
-def _once(join: Join, columns: list[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
+def _once(join: Join, left: Integers, right: Integers) -> tuple[Integers, Integers]:
     """Leave out the second of pairs that come up twice, as each row probes the cell of the other."""
-    left, right = (np.concatenate(column) for column in zip(*columns, strict=True))
     once = left < right
     later = np.flatnonzero(~once)
     once[later] = ~join.cells.has_probe(right[later], join.cells.cell_of(left[later]), join.reach)
