@@ -14,9 +14,9 @@ from unlabeled.cli import main
 from unlabeled.errors import UserError
 from unlabeled.evaluate import report as reports
 from unlabeled.evaluate.bootstrap import miou
-from unlabeled.evaluate.page import as_html, as_markdown, short_names
+from unlabeled.evaluate.page import as_html, as_markdown, notes_of, short_names
 from unlabeled.evaluate.report import load_result, run, save_result
-from unlabeled.evaluate.result import Figure, Picture, result_of
+from unlabeled.evaluate.result import Figure, Picture, Result, result_of
 from unlabeled.vit import VisionTransformer, vit_config
 from unlabeled.weights.huggingface import save_huggingface
 
@@ -169,3 +169,22 @@ def test_short_names_tell_models_apart() -> None:
         "runs/b/model": "b/model",
     }
     assert short_names(["facebook/dinov2-small"]) == {"facebook/dinov2-small": "dinov2-small"}
+
+
+def test_a_note_of_one_model_among_several_names_it() -> None:
+    results = [
+        Result(task, model, {"accuracy": 0.5}, {}, {}, {}, notes=notes)
+        for task, model, notes in (
+            ("knn", "runs/a", ("2 images were left out",)),
+            ("knn", "runs/b", ("2 images were left out",)),
+            ("linear", "runs/b", ("the best learning rate is the largest", "2 images were left out")),
+        )
+    ]
+    names = {"runs/a": "a", "runs/b": "b"}
+    expected = ["2 images were left out", "b: the best learning rate is the largest"]
+    assert notes_of(reports.Report(results, []), names) == expected
+    alone = reports.Report(results[1:], [])
+    assert notes_of(alone, {"runs/b": "b"}) == [
+        "2 images were left out",
+        "the best learning rate is the largest",
+    ]

@@ -282,7 +282,7 @@ def _print(terminal: Console, report: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from unlabeled.evaluate.page import best, cell, rows_of, said, short_names
+    from unlabeled.evaluate.page import best, cell, notes_of, rows_of, said, short_names
     from unlabeled.evaluate.result import column
 
     names = short_names([one.model for one in report.results])
@@ -310,7 +310,7 @@ def _print(terminal: Console, report: Report) -> None:
     terminal.print(table)
     for comparison in report.comparisons:
         _say(terminal, said(comparison, names))
-    for note in dict.fromkeys(note for one in report.results for note in one.notes):
+    for note in notes_of(report, names):
         _say(terminal, f"note: {note}")
     for task, model, reason in report.skipped:
         _say(terminal, f"{task} was left out for {model}: {reason}")

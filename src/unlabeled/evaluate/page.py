@@ -134,8 +134,17 @@ def as_markdown(report: Report, title: str) -> str:
     return "\n".join(lines)
 
 
+def notes_of(report: Report, names: dict[str, str]) -> list[str]:
+    """Return the notes of the results, each once; one that is not of all models begins with those it is of."""
+    models: dict[str, dict[str, None]] = {}
+    for one in report.results:
+        for note in one.notes:
+            models.setdefault(note, {})[names[one.model]] = None
+    return [note if len(of) == len(names) else f"{', '.join(of)}: {note}" for note, of in models.items()]
+
+
 def _notes(report: Report, names: dict[str, str]) -> list[str]:
-    found = [note for one in report.results for note in one.notes]
+    found = notes_of(report, names)
     for one in report.results:
         found += [f"{key} could not be read: {reason}" for key, reason in one.bad_files[:10]]
         if len(one.bad_files) > 10:
