@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import time
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ import typer
 
 from unlabeled.cli.options import app
 from unlabeled.errors import UserError
+from unlabeled.signals import stop_with_parent
 
 for group in (
     "training",
@@ -32,6 +34,7 @@ for group in (
 
 RECIPE_COMMANDS = ("pretrain", "distill")  # take the fields of a pretraining recipe
 STOPPED = 130  # exit status after Ctrl-C, as shells have it
+ALONE = 10.0  # seconds after which an error is taken to be of one rank alone
 
 
 def _split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -62,6 +65,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may have letters that a terminal has not
             stream.reconfigure(errors="backslashreplace")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
     try:
         arguments, recipe_fields = _split(sys.argv[1:])
         # Typer turns a KeyboardInterrupt into a code that it returns.
@@ -107,5 +112,14 @@ def _meant(error: Any) -> str:
 
 
 def _said(text: str) -> int:
+    """Print an error of use, and return the exit status for it.
+
+    What the user gave wrong, all ranks find: rank 0 says it, and when it ends, torchrun ends the others. A rank that
+    is still there after a while has an error of its own.
+    """
+    rank = os.environ.get("RANK", "0")
+    if "TORCHELASTIC_RUN_ID" in os.environ and rank != "0":
+        time.sleep(ALONE)
+        text = f"rank {rank}: {text}"
     print(f"unlabeled: {' '.join(text.split())}", file=sys.stderr)
     return 2
