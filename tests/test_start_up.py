@@ -30,6 +30,18 @@ def test_heavy_libraries_are_not_loaded(words: list[str]) -> None:
         assert json.loads(done.stdout)["model.patch_size"]["vitl16_short"] == 16
 
 
+def test_a_model_is_described_without_torch(tmp_path: Path) -> None:
+    save_huggingface(VisionTransformer(VitConfig(width=32, depth=1, num_heads=2)), tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "info", str(tmp_path), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.split("loaded:")[1].split() == []
+    assert json.loads(done.stdout)["width"] == 32
+
+
 def test_the_table_of_recipes_has_columns() -> None:
     done = subprocess.run([sys.executable, "-c", RUN, "info"], capture_output=True, text=True, check=True)
     header, *rows = done.stdout[done.stdout.index("field ") :].splitlines()

@@ -69,3 +69,39 @@ def vit_config(size: str, **overrides: Any) -> VitConfig:
     width, depth, num_heads, ffn = SIZES[size]
     # The default interpolation follows num_registers, so it is decided anew.
     return replace(VitConfig(width, depth, num_heads, ffn=ffn), **{"interpolation": "", **overrides})
+
+
+def parameter_shapes(config: VitConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each parameter of a VisionTransformer, in no order that matters."""
+    D, hidden = config.width, config.hidden_width
+    qkv_bias = {"attn.qkv.bias": (3 * D,)} if config.qkv_bias else {}
+    ffn: dict[str, tuple[int, ...]]
+    if config.ffn == "mlp":
+        ffn = {
+            "mlp.fc1.weight": (hidden, D), "mlp.fc1.bias": (hidden,),
+            "mlp.fc2.weight": (D, hidden), "mlp.fc2.bias": (D,),
+        }  # fmt: skip
+    else:
+        ffn = {
+            "mlp.w12.weight": (2 * hidden, D), "mlp.w12.bias": (2 * hidden,),
+            "mlp.w3.weight": (D, hidden), "mlp.w3.bias": (D,),
+        }  # fmt: skip
+    block: dict[str, tuple[int, ...]] = {
+        "norm1.weight": (D,), "norm1.bias": (D,),
+        "attn.qkv.weight": (3 * D, D), **qkv_bias, "attn.proj.weight": (D, D), "attn.proj.bias": (D,),
+        "ls1.gamma": (D,),
+        "norm2.weight": (D,), "norm2.bias": (D,),
+        **ffn,
+        "ls2.gamma": (D,),
+    }  # fmt: skip
+    return {
+        "cls_token": (1, 1, D),
+        "pos_embed": (1, 1 + config.grid_side**2, D),
+        **({"register_tokens": (1, config.num_registers, D)} if config.num_registers else {}),
+        "mask_token": (1, D),
+        "patch_embed.proj.weight": (D, config.in_channels, config.patch_size, config.patch_size),
+        "patch_embed.proj.bias": (D,),
+        **{f"blocks.{i}.{name}": shape for i in range(config.depth) for name, shape in block.items()},
+        "norm.weight": (D,),
+        "norm.bias": (D,),
+    }

@@ -23,17 +23,17 @@ def info(
     if what == "recipes":
         _info_recipes(as_json)
         return
-    from unlabeled.weights.load import load_model
+    from unlabeled.weights.glance import glance
 
-    model = load_model(what)
-    shape = {item.name: getattr(model.config, item.name) for item in fields(model.config)}
-    shape["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    seen = glance(what)
+    shape = {item.name: getattr(seen.config, item.name) for item in fields(seen.config)}
+    shape["parameters"] = seen.num_parameters
     if as_json:
-        print_json({"model": what} | shape | {"notes": model.notes})
+        print_json({"model": what} | shape | {"notes": seen.notes})
         return
     for name, value in shape.items():
         print(f"{name:20} {value:,}" if type(value) is int else f"{name:20} {value}")
-    for note in model.notes:
+    for note in seen.notes:
         print(f"{'note':20} {note}")
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from unlabeled.errors import UserError, writing
 from unlabeled.weights.files import read_json
-from unlabeled.weights.huggingface import read_config
+from unlabeled.weights.layout import read_config
 
 META_SERVER = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without a byte

@@ -1,11 +1,10 @@
-"""What every weight format shares: reading tensors, renaming keys, strict filling, atomic writing."""
+"""What every weight format shares: reading tensors, strict filling, atomic writing."""
 
 import argparse
-import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unlabeled.atomic import replacing as replacing
-from unlabeled.errors import UserError, reading
+from unlabeled.errors import UserError
+from unlabeled.json_file import read_json as read_json
 from unlabeled.vit import VisionTransformer, VitConfig
+from unlabeled.weights.renaming import renamer as renamer
 
 State = dict[str, Tensor]
 
@@ -59,38 +60,6 @@ def write_tensors(state: State, path: Path, metadata: dict[str, str] | None = No
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; raises UserError where it is none."""
-    try:
-        with reading(path):
-            held = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is no valid JSON; fetch or export the model anew.") from error
-    if not isinstance(held, dict):
-        raise UserError(f"{path} is no JSON object; fetch or export the model anew.")
-    return held
-
-
-def renamer(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
-    """Return a function that renames keys from the first column's form to the second's.
-
-    "{i}" stands for a block's number; a key that continues after a listed name with .weight or .bias
-    keeps that ending; a key that is not listed stays as it is.
-    """
-    rules = [
-        (re.compile(re.escape(old).replace(r"\{i\}", r"(\d+)") + r"(|\.weight|\.bias)"), new)
-        for old, new in pairs
-    ]
-
-    def rename(key: str) -> str:
-        for pattern, new in rules:
-            if match := pattern.fullmatch(key):
-                return new.format(i=match[1]) + match[match.lastindex or 0]
-        return key
-
-    return rename
 
 
 def fill(
