@@ -181,6 +181,9 @@ def test_good_answers(server: Server) -> None:
     [
         "127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
         "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+        # Public by `ipaddress`, all or on some releases of Python from 3.11 to 3.13.
+        "192.0.0.8", "192.0.0.9", "::7f00:1", "64:ff9b:1::7f00:1", "100:0:0:1::1", "2001:1::1", "2001:20::1",
+        "3fff::1", "5f00::1", "fec0::1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
@@ -188,7 +191,8 @@ def test_addresses_that_are_not_public(address: str) -> None:
 
 
 def test_public_addresses() -> None:
-    assert is_public("8.8.8.8") and is_public("2001:4860:4860::8888") and is_public("64:ff9b::808:808")
+    assert is_public("8.8.8.8") and is_public("2001:4860:4860::8888") and is_public("2606:4700::1111")
+    assert is_public("64:ff9b::808:808") and is_public("2002:808:808::")
 
 
 def test_private_addresses_are_refused_unless_allowed(server: Server) -> None:

@@ -28,6 +28,9 @@ CHUNK = 65536  # bytes decompressed at once
 REDIRECTS = (301, 302, 303, 307, 308)
 AGAIN = (408, 429, 500, 502, 503, 504)  # answers after which the same may be asked again
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that leads anywhere on the public internet
+# Blocks of protocols and of examples: which of their addresses `is_global` counts hangs on Python's release.
+_SPECIAL = [ipaddress.ip_network(block) for block in ("192.0.0.0/24", "2001::/23", "3fff::/20")]
 
 
 class FetchError(Exception):
@@ -213,7 +216,9 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(one) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    return one.is_global and not one.is_multicast
+        if one not in _UNICAST:
+            return False
+    return one.is_global and not one.is_multicast and not any(one in block for block in _SPECIAL)
 
 
 class _Guarded(httpcore2.NetworkBackend):
