@@ -21,7 +21,7 @@ Make = Callable[..., VisionTransformer]
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize(("size", "grid"), [(None, (4, 6)), (50, (6, 9)), (16, (2, 3))])
+@pytest.mark.parametrize(("size", "grid"), [(None, (14, 21)), (50, (6, 9)), (16, (2, 3))])
 def test_it_is_what_transformers_computes(
     registers: int, size: int | None, grid: tuple[int, int], photograph: np.ndarray, tmp_path: Path
 ) -> None:

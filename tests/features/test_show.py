@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.features.conftest import random_model
 from unlabeled import attention, cli, load_model, match, patch_pca, similar
+from unlabeled.features.fitting import default_size
+from unlabeled.vit import VisionTransformer, vit_config
 from unlabeled.weights.huggingface import save_huggingface
 
 Run = Callable[..., dict]
@@ -73,8 +76,11 @@ def test_attention(run: Run, folder: Path) -> None:
         assert about["peak"] == pytest.approx(expected, abs=0.01)
 
 
-def test_the_default_size_is_that_of_the_training_images(run: Run) -> None:
-    assert run("attention", "a.png")["images"][0]["grid"] == [4, 6]
+def test_the_default_size_is_that_of_the_training_images_but_no_handful_of_patches(run: Run) -> None:
+    assert run("attention", "a.png")["images"][0]["grid"] == [14, 21]
+    with torch.device("meta"):
+        released = VisionTransformer(vit_config("vit_small", depth=1))
+    assert default_size(released) == 518
 
 
 @pytest.mark.parametrize("images", [["small.png"], ["a.png", "b.jpg", "ribbon.png", "small.png"]])

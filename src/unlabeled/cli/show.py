@@ -22,7 +22,9 @@ app.add_typer(show, name="show")
 Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, 16 at most.")]
 Size = Annotated[
     int | None,
-    typer.Option(help="Short side in pixels that the model sees; by default that of its training images."),
+    typer.Option(
+        help="Short side in pixels that the model sees; by default that of its training images, or 14 patches."
+    ),
 ]
 Width = Annotated[int, typer.Option(help="Width of the picture in pixels, 400 to 2000.")]
 

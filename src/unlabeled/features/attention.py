@@ -43,8 +43,8 @@ def attention(
 
     model: a backbone, or a MODEL's text, which is loaded each time.
     image: path, bytes, Pillow image, array or tensor. layer: index of the block, -1 is the last. mass: of the
-        attention to the patches that a mask holds, in (0, 1]. size: short side in pixels; by default that of the
-        images the model's position embedding is learned on.
+        attention to the patches that a mask holds, in (0, 1]. size: short side in pixels; None is
+        `default_size`.
     Raises UserError for a layer or a mass that does not exist, and for what is no image.
     """
     model = as_model(model)

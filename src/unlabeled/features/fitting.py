@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from unlabeled.vit import VisionTransformer
 
 MAX_PATCHES = 2**16  # an image; more is a mistake in the size sooner than a wish
+LEAST_PATCHES = 14  # along a short side; on fewer a picture shows nothing, and no released model has fewer
 
 
 def default_size(model: VisionTransformer) -> int:
     """Short side in pixels at which a model is at home: that of the images its position embedding is learned on.
 
-    518 for the released DINOv2 models, the crops' side for a model trained from scratch.
+    518 for the released DINOv2 models; of a model of small images LEAST_PATCHES patches.
     """
-    return model.config.image_size
+    return max(model.config.image_size, LEAST_PATCHES * model.config.patch_size)
 
 
 def patch_grid(height: int, width: int, patch_size: int, size: int) -> tuple[int, int]:

@@ -34,8 +34,7 @@ def match(
     """Return all pairs of patches, one of each image, that are each other's nearest by the cosine.
 
     model: a backbone, or a MODEL's text, which is loaded each time.
-    a, b: path, bytes, Pillow image, array or tensor. size: short side in pixels of both; by default that of the
-        images the model's position embedding is learned on.
+    a, b: path, bytes, Pillow image, array or tensor. size: short side in pixels of both; None is `default_size`.
     Raises UserError for what is no image.
     """
     model = as_model(model)

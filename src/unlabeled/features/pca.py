@@ -47,7 +47,7 @@ def patch_pca(
     model: a backbone, or a MODEL's text, which is loaded each time.
     images: one or several: paths, bytes, Pillow images, arrays or tensors; of different shapes, if they are.
     foreground: separate it; False colours every patch by one analysis.
-    size: short side in pixels; by default that of the images the model's position embedding is learned on.
+    size: short side in pixels; None is `default_size`.
 
     Each component is scaled from its 1st to its 99th percentile over all coloured patches, and its largest loading
     is positive; a component without variance is 0.5.

@@ -25,8 +25,7 @@ def similar(
 
     model: a backbone, or a MODEL's text, which is loaded each time.
     image: path, bytes, Pillow image, array or tensor. at: (x, y) in pixels of the image as given, from its top left
-        corner. size: short side in pixels; by default that of the images the model's position embedding is learned
-        on.
+        corner. size: short side in pixels; None is `default_size`.
     Raises UserError for a point outside of the image, and for what is no image.
     """
     return similar_across(as_model(model), [image], at, size)[0]
