@@ -36,6 +36,7 @@ from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.positions import sine_positions
 from unlabeled.progress import Progress
 from unlabeled.schedules import cosine_warmup
+from unlabeled.scripts import refuse_imported_script
 from unlabeled.signals import StoppedBySignal, noted_signals
 from unlabeled.vit import VisionTransformer, vit_config
 from unlabeled.weights.files import read_json, read_tensors, replacing
@@ -92,6 +93,7 @@ def train_copy_detector(
         UserError: bad data or fields, a folder of another recipe or of something else, a full disk, a loss that stays
             non-finite.
     """
+    refuse_imported_script()
     recipe, folder = recipe or DetectorRecipe(), Path(out).expanduser()
     console = console or Console(stderr=True)
     target = choose_device(device)

@@ -22,6 +22,7 @@ from unlabeled.errors import UserError, writing
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import open_source
 from unlabeled.progress import Progress
+from unlabeled.scripts import refuse_imported_script
 from unlabeled.weights.files import replacing
 
 MILLIMETRES = 1000.0  # what depth files hold
@@ -90,6 +91,7 @@ def write_scenes(
     Raises:
         UserError: no two photographs can be read, a count or a size is not possible, or OUT holds other scenes.
     """
+    refuse_imported_script()
     recipe = recipe or SceneRecipe()
     counts = {"train": count, "test": max(1, count // 5) if test_count is None else test_count}
     if count < 1 or counts["test"] < 1 or min(recipe.size) < 8 or recipe.views < 1:

@@ -40,6 +40,7 @@ from unlabeled.pretrain.rows import Rows
 from unlabeled.pretrain.schedules import values_at
 from unlabeled.pretrain.start import begin, heads_fit
 from unlabeled.progress import Progress
+from unlabeled.scripts import refuse_imported_script
 from unlabeled.signals import StoppedBySignal, noted_signals
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.load import load_model
@@ -117,6 +118,7 @@ def pretrain(
         UserError: bad data, recipe or folder; a full disk; a loss that stays non-finite.
         StoppedBySignal: SIGTERM or SIGINT came; a checkpoint is written.
     """
+    refuse_imported_script()
     parallel = Parallel.start(device)
     console = console or Console(stderr=True)
     if parallel.rank:
