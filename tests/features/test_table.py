@@ -143,6 +143,17 @@ def test_ranks_share_the_shards(
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
+def test_a_rank_of_several_does_not_call_the_table_done(
+    tile_folder: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "table"
+    done = run("embed", str(tile_folder), "--model", str(saved), "--out", str(out))  # one shard, rank 0's
+    assert f"rank 1 of 2 is done; {out}: 0 images so far, " in done.stdout
+    assert "next:" not in done.stdout
+
+
 @pytest.mark.usefixtures("small_shards", "local_ray")
 def test_ray_writes_the_same_table(tile_folder: Path, saved: Path, tmp_path: Path) -> None:
     bad = tmp_path / "images.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -69,14 +70,19 @@ def embed(
         "kind": kind,
         "dimension": table.dimension,
     }
-    said = f"{table.path}: {count:,} images, {kind} of {table.dimension} in {table.dtype}"
+    rank, world = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    several = world > 1 and ray is None  # who may not be done yet
+    said = f"rank {rank} of {world} is done; " if several else ""
+    said += (
+        f"{table.path}: {count:,} images{' so far' * several}, {kind} of {table.dimension} in {table.dtype}"
+    )
     said += (
         f"; {bad} file{'s' * (bad > 1)} could not be read, see {table.path / 'bad_files.jsonl'}"
         if bad
         else ""
     )
     terminal.print(said, highlight=False, markup=False, soft_wrap=True)
-    if not table.is_grid:
+    if not table.is_grid and not several:
         say_next(terminal, "unlabeled", "index", str(table.path), "--out", "index")
     if as_json:
         print_json(result)
