@@ -1,11 +1,12 @@
 """Curation at scale, on made vectors with planted near-duplicates: time, memory, recall and precision.
 
-    python benchmarks/curate.py duplicates --sizes 100000 1000000
+    python benchmarks/curate.py duplicates --sizes 100000 1000000 [--falling 0]
     python benchmarks/curate.py kmeans --size 100000 --clusters 1000
     python benchmarks/curate.py tree --size 1000000
 
-Vectors are made of clusters with a heavy tail of sizes and a falling spectrum, as features have; a tenth are copies
-of others at cosines of 0.82 to 0.99. Each size runs in a process of its own, which reports its largest resident size.
+Vectors are made of clusters with a heavy tail of sizes and a falling spectrum, as features have, or with `--falling 0`
+a flat one, as they have when they are whitened; a tenth are copies of others at cosines of 0.82 to 0.99. Each size runs
+in a process of its own, which reports its largest resident size.
 """
 
 import argparse
@@ -31,11 +32,14 @@ from unlabeled.curate.sampling import balanced_sample
 THRESHOLD = 0.8
 
 
-def made(count, width, path, seed=0):
-    """Write vectors as float16; return the rows of copies and of what they are copies of."""
+def made(count, width, path, falling=0.5, seed=0):
+    """Write vectors as float16; return the rows of copies and of what they are copies of.
+
+    falling: the i-th direction's deviation is i^-falling.
+    """
     generator = np.random.default_rng(seed)
     classes = max(8, round(count**0.5))
-    spectrum = np.arange(1, width + 1) ** -0.5
+    spectrum = np.arange(1, width + 1) ** -falling
     spectrum = (spectrum / np.linalg.norm(spectrum)).astype(np.float32)
     turn = np.linalg.qr(generator.normal(size=(width, width)))[0].astype(np.float32)
 
@@ -65,10 +69,10 @@ def made(count, width, path, seed=0):
     return copies, originals
 
 
-def made_elsewhere(count, width, path):
+def made_elsewhere(count, width, path, falling=0.5):
     """The same by a process of its own, so that its memory does not count; and the vectors mapped."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        copies, originals = pool.apply(made, (count, width, path))
+        copies, originals = pool.apply(made, (count, width, path, falling))
     return np.load(path, mmap_mode="r"), copies, originals
 
 
@@ -94,9 +98,9 @@ def all_edges(vectors, threshold):
     return count
 
 
-def duplicates(size, width, resources, brute):
+def duplicates(size, width, falling, resources, brute):
     with tempfile.TemporaryDirectory() as folder:
-        vectors, copies, originals = made_elsewhere(size, width, Path(folder) / "vectors.npy")
+        vectors, copies, originals = made_elsewhere(size, width, Path(folder) / "vectors.npy", falling)
         rate = product_rate(width)
         begun, used = time.perf_counter(), time.process_time()
         found = near_duplicates(vectors, THRESHOLD, resources=resources)
@@ -109,6 +113,7 @@ def duplicates(size, width, resources, brute):
         right = family[dropped] == family[found.representative_N[dropped]]
         result = {
             "size": size,
+            "falling": falling,
             "seconds": seconds,
             "cpu_seconds": used,
             "peak_gb": peak,
@@ -198,6 +203,7 @@ def main():
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--clusters", type=int, default=1000)
     parser.add_argument("--levels", type=int, nargs="+", default=[10_000, 1000, 100])
+    parser.add_argument("--falling", type=float, default=0.5, help="of the spectrum of `duplicates`; 0: flat")
     parser.add_argument("--memory", default="4GB")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -208,12 +214,13 @@ def main():
     elif options.what == "tree":
         result = tree(options.size, options.width, options.levels, resources)
     elif options.inside:
-        result = duplicates(options.size, options.width, resources, options.size <= 100_000)
+        result = duplicates(options.size, options.width, options.falling, resources, options.size <= 100_000)
     else:
         print(device_name(torch.device("cpu")), flush=True)
         for size in options.sizes:
             command = [sys.executable, __file__, "duplicates", "--inside", "--size", str(size)]
             command += ["--width", str(options.width), "--memory", options.memory]
+            command += ["--falling", str(options.falling)]
             subprocess.run([*command, "--workers", str(options.workers)], check=True)
         return
     print(json.dumps(result), flush=True)

@@ -20,10 +20,7 @@ from unlabeled.curate.recall import Recall, is_enough, lower_bounds
 
 EXACT = 0.5  # share of the distance at which no pair is missed
 BEYOND = 0.3  # share of the pairs that may be missed that are so as their centroids are far from each other
-QUERIES = (512, 512, 1024, 2048, 4096, 8192)  # of the sample, in turns until it has PAIRS
-MOST_QUERIES = (
-    5  # times the root of N, or the first four turns: the join takes longer the fewer pairs choose its reach
-)
+QUERIES = (512, 512, 1024, 2048, 2048)  # of the sample, in turns until it has PAIRS
 PAIRS = 6000  # half of them choose the reach, half measure
 PAIRS_OF_A_QUERY = 64  # that count, so that one large group does not decide
 
@@ -48,8 +45,7 @@ def drawn_pairs(
     """
     generator = np.random.default_rng([resources.seed, 2])
     places = cells.places()
-    most = max(sum(QUERIES[:4]), round(MOST_QUERIES * len(rows) ** 0.5)) if cells.count > 1 else 0
-    drawn = generator.permutation(len(rows))[:most]
+    drawn = generator.permutation(len(rows))[: sum(QUERIES) if cells.count > 1 else 0]
     drawn = places[drawn]
     query, right, cosine = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
     done = 0
