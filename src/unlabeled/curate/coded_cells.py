@@ -1,7 +1,7 @@
 """Cells of coded vectors, and which vectors probe which cells: what a join of millions goes by.
 
 Centroids are found in two steps, as a k-means of thousands of them would take longer than the join: regions, and in
-each region cells. A vector lies in the cell of the nearest centroid of its few nearest regions, which need not be the
+each region cells. A vector lies in the cell of the nearest centroid of its nearest regions, which need not be the
 nearest of all: it probes those that are nearer. It also probes the cells from which a plane at most so far away
 divides it (`Reach`), but none whose centroid is far from that of its own: those are most of all, and have few of the
 pairs. No list of probes is kept, as it would be larger than the vectors' codes: products of codes say it again.
@@ -32,7 +32,7 @@ from unlabeled.curate.blocks import (
     spans,
 )
 from unlabeled.curate.cells import FEW
-from unlabeled.curate.codes import LARGEST, Codes, Queries, Targets, codes_of, near, turn_of
+from unlabeled.curate.codes import LARGEST, Codes, Queries, Targets, codes_of_rows, near
 from unlabeled.curate.kmeans import assign, train
 
 DENSITY = 0.8  # cells are so many times N^(2/3): of 58 vectors where there are 100,000, of 125 of a million
@@ -43,7 +43,10 @@ COMPARED = 1024  # centroids that are compared with all together
 ITERATIONS = 6  # of finding them
 PASSES = 2  # in which vectors may go to cells of other regions
 TOGETHER = 8192  # vectors that look for their cells
-NEAREST = 4  # regions whose cells a vector may lie in
+NEAREST = (
+    5  # a vector may lie in cells of one in so many regions, the nearest ones: means of regions tell little
+)
+LEAST = 4  # of them
 TASKS = 8  # of a join at least
 ROWS_OF_A_TASK = 1 << 18  # at most, where cells are small
 LOOKED_AT = 4096  # cells that the rows of a task are compared with together
@@ -251,8 +254,9 @@ def _trained(rows: Rows, k: int, nearest: float, resources: Resources) -> Centro
     free = _apart(vectors, nearest)
     counts = np.add.reduceat(free, np.cumsum([0, *map(len, found[:-1])]), dtype=np.int64)
     centroids = Centroids(vectors[free], np.concatenate(([0], np.cumsum(counts[counts > 0]))))
+    codes = codes_of_rows(sample, resources.seed)
     for _ in range(PASSES):
-        centroids = _moved(centroids, sample, resources)
+        centroids = _moved(centroids, sample, codes, resources)
     return centroids
 
 
@@ -276,10 +280,11 @@ def _apart(vectors_KD: Floats, nearest: float) -> NDArray[np.bool_]:
     return free
 
 
-def _moved(centroids: Centroids, sample: Floats, resources: Resources) -> Centroids:
+def _moved(centroids: Centroids, sample: Floats, codes: Codes, resources: Resources) -> Centroids:
     """Move centroids to the means of those rows of a sample that lie in their cells."""
+    centers = codes_of_rows(centroids.vectors_KD, resources.seed)
     blocks = spans(len(sample), LARGEST_BLOCK)
-    found = resources.map(_nearest_cells, (centroids, sample), blocks)
+    found = resources.map(_nearest_cells, (centroids, centers, sample, codes), blocks)
     labels = np.concatenate(list(found))
     order = np.argsort(labels, kind="stable")
     cells, starts = np.unique(labels[order], return_index=True)
@@ -298,9 +303,7 @@ def lay_out(
     codes: of the rows. is_exact: no pair at all may be lost by them.
     """
     width = rows.shape[1]
-    with threadpool_limits(1):  # the same to the last bit on any number of cores
-        encoded = codes_of(centroids.vectors_KD, turn_of(width, resources.seed))
-    centers = Codes(*encoded, codes.slack)
+    centers = codes_of_rows(centroids.vectors_KD, resources.seed)
     size = resources.block_rows(16 * width)
     blocks, held = spans(len(rows), size), size * (16 * width + 64)
     context = (rows, codes, centroids, centers, folder)
@@ -322,32 +325,63 @@ def _assign_block(
     number, span = item
     block = rows.between(*span)
     rows.release()
-    labels = _nearest_cells((centroids, block), (0, len(block)))
+    labels = _nearest_cells((centroids, centers, block, codes.between(*span)), (0, len(block)))
     places = np.arange(*span)
-    products = codes.products(places, centers, labels)
-    products /= codes.inverse_N[places] * centers.inverse_N[labels]
-    save_arrays(folder / f"cells-{number:06d}.npz", labels=labels.astype(np.int32), best=products)
+    save_arrays(
+        folder / f"cells-{number:06d}.npz",
+        labels=labels.astype(np.int32),
+        best=codes.cosines(places, centers, labels),
+    )
 
 
-def _nearest_cells(context: tuple[Centroids, Floats], span: tuple[int, int]) -> Integers:
-    """Return for some rows of a block the cell whose centroid is nearest, of those of their NEAREST regions."""
-    centroids, block = context
+def _nearest_cells(context: tuple[Centroids, Codes, Floats, Codes], span: tuple[int, int]) -> Integers:
+    """Return for some rows of a block the cell whose centroid is nearest, of those of their nearest regions.
+
+    First of the nearest region alone, then by codes what is nearer elsewhere.
+    """
+    centroids, centers, block, codes = context
     regions = centroids.regions
-    nearest = min(NEAREST, len(regions))
+    count = min(len(regions), max(LEAST, len(regions) // NEAREST))
     found = []
     for start, stop in spans(span[1] - span[0], TOGETHER):
-        part = block[span[0] + start : span[0] + stop]
-        labels, best = np.zeros(len(part), np.int64), np.full(len(part), -np.inf, np.float32)
-        chosen = np.argpartition(-(part @ regions.T), nearest - 1, axis=1)[:, :nearest].ravel()
-        order = np.argsort(chosen, kind="stable")
-        ends = np.cumsum(np.bincount(chosen, minlength=len(regions)))
-        for region in np.unique(chosen).tolist():
-            inside = order[ends[region - 1] if region else 0 : ends[region]] // nearest
+        rows = np.arange(span[0] + start, span[0] + stop)
+        part = block[rows[0] : rows[-1] + 1]
+        scores = part @ regions.T
+        labels = np.empty(len(rows), np.int64)
+        for region, inside in _by_region(scores.argmax(axis=1)[:, None]):
             begin, end = centroids.starts[region : region + 2].tolist()
-            scores = part[inside] @ centroids.vectors_KD[begin:end].T
-            cell = scores.argmax(axis=1)
-            score = scores[np.arange(len(inside)), cell]
-            better = score > best[inside]
-            labels[inside[better]], best[inside[better]] = begin + cell[better], score[better]
+            labels[inside] = begin + (part[inside] @ centroids.vectors_KD[begin:end].T).argmax(axis=1)
+        best = codes.cosines(rows, centers, labels)
+        for region, inside in _by_region(np.argpartition(-scores, count - 1, axis=1)[:, :count]):
+            begin, end = centroids.starts[region : region + 2].tolist()
+            nearer, cells, cosines = _nearer(codes, rows[inside], best[inside], centers, (begin, end))
+            labels[inside[nearer]], best[inside[nearer]] = cells, cosines
         found.append(labels)
     return np.concatenate(found)
+
+
+def _by_region(chosen_nC: Integers) -> Iterator[tuple[int, Integers]]:
+    """Give the regions that rows chose, and the rows that chose each."""
+    order = np.argsort(chosen_nC.ravel(), kind="stable")
+    counts = np.bincount(chosen_nC.ravel())
+    ends = np.cumsum(counts)
+    for region in np.flatnonzero(counts).tolist():
+        yield region, order[ends[region] - counts[region] : ends[region]] // chosen_nC.shape[1]
+
+
+def _nearer(
+    codes: Codes, rows_P: Integers, best_P: Floats, centers: Codes, cells: tuple[int, int]
+) -> tuple[Integers, Integers, Floats]:
+    """Return which of some rows have one of some cells nearer than `best_P`, the nearest of these, and its cosine."""
+    some = np.arange(*cells)
+    queries = Queries(codes.codes_NW, rows_P, best_P * codes.inverse_N[rows_P], np.zeros_like(best_P))
+    inverse = centers.inverse_N[some]
+    pairs = list(near(queries, Targets(centers.codes_NW, some, inverse, np.zeros_like(inverse))))
+    if not pairs:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+    place, cell = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    cosines = codes.cosines(rows_P[place], centers, some[cell])
+    order = np.lexsort((cell, -cosines, place))
+    order = order[np.diff(place[order], prepend=-1) > 0]  # the nearest of each row
+    order = order[cosines[order] > best_P[place[order]]]
+    return place[order], some[cell[order]], cosines[order]

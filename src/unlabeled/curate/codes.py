@@ -51,6 +51,10 @@ class Codes:
         """Return the same in another order of the rows."""
         return Codes(self.codes_NW[order_N], self.inverse_N[order_N], self.slack)
 
+    def between(self, start: int, stop: int) -> Codes:
+        """Return those of rows start to stop - 1."""
+        return Codes(self.codes_NW[start:stop], self.inverse_N[start:stop], self.slack)
+
     def near(
         self, queries_Q: Integers, targets_T: Integers, threshold: float
     ) -> Iterator[tuple[Integers, Integers]]:
@@ -73,6 +77,12 @@ class Codes:
             other = others.codes_NW[others_P[start:stop]].astype(np.float32) - LARGEST
             result[start:stop] = np.einsum("pw,pw->p", one, other)
         return result
+
+    def cosines(self, rows_P: Integers, others: Codes, others_P: Integers) -> Floats:
+        """Cosines (P,) of some rows with rows of others, by the codes."""
+        products = self.products(rows_P, others, others_P)
+        products /= self.inverse_N[rows_P] * others.inverse_N[others_P]
+        return products
 
 
 class Queries(NamedTuple):
@@ -128,6 +138,12 @@ def coded(rows: Rows, is_exact: bool, folder: Path, resources: Resources) -> Cod
         codes[start:stop], inverse[start:stop] = part["codes"], part["inverse"]
     # 1.1: what two errors have with each other, of scales up to .2 / sqrt(W), and rounding of the products.
     return Codes(codes, inverse, 1.1 * float(np.sqrt(width)) / 2 if is_exact else 1.0)
+
+
+def codes_of_rows(vectors_ND: Floats, seed: int) -> Codes:
+    """Return the codes of vectors of length 1 that are held."""
+    with threadpool_limits(1):  # the same to the last bit on any number of cores
+        return Codes(*codes_of(vectors_ND, turn_of(vectors_ND.shape[1], seed)), 1.0)
 
 
 def turn_of(width: int, seed: int) -> Floats:
