@@ -41,6 +41,28 @@ def test_rows_lie_in_the_cell_of_a_near_centroid(made):
         assert end > begin
 
 
+@pytest.mark.parametrize(("share", "least"), [(2, 1), (1, 1), (100, 3), (100, 1)])
+def test_no_cell_of_a_near_region_is_nearer(made, tmp_path, monkeypatch, share, least):
+    monkeypatch.setattr(coded_cells, "NEAREST", share)
+    monkeypatch.setattr(coded_cells, "LEAST", least)
+    monkeypatch.setattr(coded_cells, "TOGETHER", 150)
+    rows, centroids, _ = made
+    folder = tmp_path / "again"
+    folder.mkdir()
+    cells = lay_out(rows, coded(rows, False, folder, Resources()), centroids, False, folder, Resources())
+    own, vectors = cells.cells_N[cells.places()], rows.between(0, 400)
+    every = np.arange(cells.count)
+    by_codes = np.array(
+        [cells.codes.cosines(np.full(len(every), row), cells.centers, every) for row in cells.places()]
+    )
+    assert (cells.best_N[cells.places()] == by_codes[np.arange(400), own]).all()
+    count = max(least, (len(centroids.starts) - 1) // share)
+    chosen = np.argsort(-(vectors @ centroids.regions.T), axis=1)[:, :count]
+    region = np.searchsorted(centroids.starts, every, side="right") - 1
+    is_near = (region[None, None] == chosen[:, :, None]).any(axis=1)
+    assert (by_codes[np.arange(400), own] == np.where(is_near, by_codes, -1).max(axis=1)).all()
+
+
 @pytest.mark.parametrize("reach", [Reach(0.1, np.inf), Reach(0.1, 0.9), Reach(0.0, np.inf)])
 def test_who_probes(made, reach, monkeypatch):
     monkeypatch.setattr(coded_cells, "LOOKED_AT", 32)

@@ -40,7 +40,7 @@ from unlabeled.errors import UserError
 
 JOINED = 1 << 20  # pairs of a task that are held before only those that connect are kept
 BALLS = 8  # of a large cell
-FORMAT = 2  # of the files that a run leaves, so that none of an older version is taken
+FORMAT = 3  # of the files that a run leaves, so that none of an older version is taken
 
 
 class Pairs(NamedTuple):
