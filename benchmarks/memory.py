@@ -37,9 +37,10 @@ def main() -> None:
     whole, gathered = network_sizes(recipe)
     print(f"{recipe.name}: {whole / 1e6:,.0f} M parameters with its heads, batch {recipe.run.batch_size}\n")
     print(
-        "| GPUs | state a GPU, GB | images that fit | with checkpoint_blocks | images a GPU of the recipe |"
+        "| GPUs | state a GPU, GB | images that fit: packed | in two passes | with checkpoint_blocks: packed "
+        "| in two passes | images a GPU of the recipe |"
     )
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for gpus in arguments.gpus:
         state = (STATE + TEACHER) * whole / gpus + (2 * 4 * gathered if gpus > 1 else 0)
         # images_that_fit counts the state of one device; what sharding frees is memory for images.
@@ -48,13 +49,16 @@ def main() -> None:
             images_that_fit(
                 dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, checkpoint_blocks=again)),
                 memory,
+                packed,
             )
             if state * SPARE < 0.8e9 * arguments.gigabytes
             else 0
             for again in (False, True)
+            for packed in (True, False)
         ]
         wanted = recipe.run.batch_size / gpus
-        print(f"| {gpus} | {state / 1e9:.1f} | {cells[0] or 'none'} | {cells[1] or 'none'} | {wanted:g} |")
+        fits = " | ".join(str(cell or "none") for cell in cells)
+        print(f"| {gpus} | {state / 1e9:.1f} | {fits} | {wanted:g} |")
 
 
 if __name__ == "__main__":

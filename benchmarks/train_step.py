@@ -28,6 +28,7 @@ import torch
 
 from machine import device_name, gemm_rate, peak_memory
 from unlabeled.devices import tuned_for
+from unlabeled.drop_path import SUBSET_DROP_PATH
 from unlabeled.images.bad_files import BadFiles
 from unlabeled.images.sources import open_source
 from unlabeled.pretrain.batch import Batch
@@ -39,7 +40,6 @@ from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import Recipe, override
 from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.schedules import values_at
-from unlabeled.vit import SUBSET_DROP_PATH
 
 PRECISIONS = ("float32", "bf16")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

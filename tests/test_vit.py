@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from unlabeled.errors import UserError
 from unlabeled.vit import (
     SIZES,
-    Block,
     Tokens,
     VisionTransformer,
     VitConfig,
-    add_to_subset,
     fit_to_patches,
-    per_sample_drop,
     vit_config,
 )
 
@@ -288,71 +285,6 @@ def test_any_size_runs(fit: str) -> None:
         h, w = (H // 4, W // 4) if fit == "crop" else (-(-H // 4), -(-W // 4))
         tokens = model(torch.randn(1, 3, H, W))
         assert tokens.grid == (h, w) and tokens.patches.shape == (1, h * w, 24)
-
-
-# Drop path
-
-
-@pytest.mark.parametrize(("B", "rate"), [(8, 0.3), (5, 0.9), (1, 0.4), (7, 0.5), (10, 0.99)])
-def test_subset_drop_path(B: int, rate: float) -> None:
-    torch.manual_seed(0)
-    kept = max(1, int(B * (1 - rate)))
-    x = torch.randn(B, 3, 4, requires_grad=True)
-    sizes = []
-
-    def branch(subset: Tensor) -> Tensor:
-        sizes.append(len(subset))
-        return 2 * subset
-
-    counts = torch.zeros(B)
-    rounds = 400
-    for _ in range(rounds):
-        out = add_to_subset(x, branch, rate)
-        ratio = (out / x).detach()
-        is_kept = ratio[:, 0, 0] > 1.5
-        counts += is_kept
-        expected = torch.where(is_kept, 1 + 2 * B / kept, 1.0)[:, None, None].expand_as(x)
-        torch.testing.assert_close(ratio, expected, atol=1e-4, rtol=1e-4)
-        assert is_kept.sum() == kept
-    assert set(sizes) == {kept}
-    share = kept / B
-    assert (counts / rounds - share).abs().max() < 5 * math.sqrt(share * (1 - share) / rounds) + 1e-6
-    (grad,) = torch.autograd.grad(out.sum(), x)
-    torch.testing.assert_close(grad, ratio, atol=1e-4, rtol=1e-4)
-
-
-def test_per_sample_drop_path() -> None:
-    torch.manual_seed(0)
-    x = torch.ones(20_000, 2, 3)
-    dropped = per_sample_drop(x, 0.1)
-    assert dropped.unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
-    assert torch.equal(dropped[:, 0, 0], dropped[:, 1, 2])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.012)  # 5 standard errors
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
-def test_drop_path_is_for_training_only(rate: float) -> None:
-    images = torch.randn(6, 3, 32, 32)
-    plain, model = randomised(TINY), randomised(TINY, drop_path=rate)
-    assert torch.equal(plain(images).cls, model(images).cls)
-    differs = not torch.equal(plain(images).cls, model.train()(images).cls)
-    assert differs == (rate > 0)
-
-
-def test_drop_path_keeps_the_expectation_of_one_block() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(4, 5, 24)
-    state = randomised(TINY).blocks[0].state_dict()
-    for rate in (0.1, 0.25, 0.5):
-        block = Block(TINY, rate)
-        block.load_state_dict(state)
-        block.mlp_branch = lambda x: torch.zeros_like(x)  # type: ignore[method-assign]
-        exact = block.eval()(x)
-        block.train()
-        with torch.no_grad():
-            samples = torch.stack([block(x) for _ in range(500)])
-        error = (samples.mean(0) - exact).abs()
-        assert (error < 6 * samples.std(0) / math.sqrt(500) + 1e-6).all()
 
 
 # Intermediate layers, attention, checkpointing, compiling

@@ -1,25 +1,25 @@
 """The backbone: a vision transformer as DINOv2 trains it (arXiv 2304.07193; registers: 2309.16588).
 
 Shape suffixes: B images, T tokens (1 + R + N), R registers, N patches, D width, H W pixels, h w patches.
+Tokens of one group of images are (B, T, D); of several, packed into one sequence (packing.py), (P, D).
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from unlabeled.drop_path import Kept, add_branch, draw
 from unlabeled.errors import UserError
 from unlabeled.lean import gelu_linear, packed_attention
+from unlabeled.packing import Shapes, cut, joined
 from unlabeled.vit_config import SIZES as SIZES
 from unlabeled.vit_config import Interpolation as Interpolation
 from unlabeled.vit_config import VitConfig as VitConfig
 from unlabeled.vit_config import vit_config as vit_config
-
-# Above this rate drop path runs the residual branch on a part of the batch only.
-SUBSET_DROP_PATH = 0.1
 
 
 class Tokens(NamedTuple):
@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D) before LayerScale."""
+    """Multi-head self-attention within each image, tokens to tokens."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -54,19 +54,12 @@ class Attention(nn.Module):
 
     def packed(self, x_BTD: Tensor) -> Tensor:
         """Return queries, keys and values, (B, T, 3, heads, D / heads)."""
-        B, T, _ = x_BTD.shape
-        qkv: Tensor = self.qkv(x_BTD)
-        return qkv.view(B, T, 3, self.num_heads, -1)
+        qkv = cast(Tensor, self.qkv(x_BTD))
+        return cast(Tensor, qkv.unflatten(-1, (3, self.num_heads, -1)))
 
-    def forward(self, x_BTD: Tensor, gamma_D: Tensor) -> Tensor:
+    def forward(self, x_PD: Tensor, gamma_D: Tensor, shapes: Shapes) -> Tensor:
         """Return the mixed tokens, scaled by gamma."""
-        qkv = self.packed(x_BTD)
-        if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
-            # torch's fused kernel takes 2 to 3 times as long there, and 5 times for small crops' gradient.
-            mixed = packed_attention(qkv)
-        else:
-            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mixed = joined([mix(qkv) for qkv in cut(self.packed(x_PD), shapes)])
         return scaled_linear(self.proj, gamma_D, mixed)
 
     def weights(self, x_BTD: Tensor, num_queries: int | None = None) -> Tensor:
@@ -75,6 +68,15 @@ class Attention(nn.Module):
         query = query[:, :, :num_queries]
         logits: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def mix(qkv_BT3Hd: Tensor) -> Tensor:
+    """Return softmax(query key^T / sqrt(d)) value of each image, (B, T, H * d)."""
+    if qkv_BT3Hd.dtype == torch.bfloat16 and qkv_BT3Hd.device.type == "cpu":
+        # torch's fused kernel takes 2 to 3 times as long there, and 5 times for small crops' gradient.
+        return packed_attention(qkv_BT3Hd)
+    query, key, value = qkv_BT3Hd.permute(2, 0, 3, 1, 4).unbind(0)
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -124,9 +126,8 @@ def scaled_linear(linear: nn.Linear, gamma_D: Tensor, x: Tensor) -> Tensor:
 class Block(nn.Module):
     """A pre-norm transformer block with LayerScale and drop path on both residual branches."""
 
-    def __init__(self, config: VitConfig, drop_path: float) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
-        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
@@ -134,42 +135,24 @@ class Block(nn.Module):
         self.mlp = Mlp(config) if config.ffn == "mlp" else SwiGlu(config)
         self.ls2 = LayerScale(config)
 
-    def attention_branch(self, x_BTD: Tensor) -> Tensor:
+    def attention_branch(self, x_PD: Tensor, shapes: Shapes) -> Tensor:
         """Return what attention adds to the tokens."""
-        return cast(Tensor, self.attn(self.norm1(x_BTD), self.ls1.gamma))
+        return cast(Tensor, self.attn(self.norm1(x_PD), self.ls1.gamma, shapes))
 
-    def mlp_branch(self, x_BTD: Tensor) -> Tensor:
+    def mlp_branch(self, x_PD: Tensor, shapes: Shapes) -> Tensor:
         """Return what the FFN adds to the tokens."""
-        return cast(Tensor, self.mlp(self.norm2(x_BTD), self.ls2.gamma))
+        return cast(Tensor, self.mlp(self.norm2(x_PD), self.ls2.gamma))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens after both branches."""
-        for branch in (self.attention_branch, self.mlp_branch):
-            if self.drop_path == 0 or not self.training:
-                x_BTD = x_BTD + branch(x_BTD)
-            elif self.drop_path > SUBSET_DROP_PATH:
-                x_BTD = add_to_subset(x_BTD, branch, self.drop_path)
-            else:
-                x_BTD = x_BTD + per_sample_drop(branch(x_BTD), self.drop_path)
-        return x_BTD
+    def forward(
+        self, x_PD: Tensor, shapes: Shapes | None = None, kept: tuple[Kept | None, Kept | None] = (None, None)
+    ) -> Tensor:
+        """Return the tokens after both branches.
 
-
-def per_sample_drop(branch_BTD: Tensor, rate: float) -> Tensor:
-    """Zero each sample's branch with probability `rate` and scale the rest by 1 / (1 - rate)."""
-    kept = torch.rand(branch_BTD.shape[0], 1, 1, device=branch_BTD.device) >= rate
-    return branch_BTD * (kept / (1 - rate)).to(branch_BTD.dtype)
-
-
-def add_to_subset(x_BTD: Tensor, branch: Any, rate: float) -> Tensor:
-    """Add the branch, run on a random subset of the samples only, scaled by batch / kept.
-
-    max(1, int(B * (1 - rate))) samples are kept, so that the expectation is x + branch(x).
-    """
-    B = x_BTD.shape[0]
-    num_kept = max(1, int(B * (1 - rate)))
-    kept = torch.randperm(B, device=x_BTD.device)[:num_kept]
-    added = branch(x_BTD.index_select(0, kept))
-    return torch.index_add(x_BTD, 0, kept, added.to(x_BTD.dtype), alpha=B / num_kept)
+        shapes: see packing.py; without them x is one group, (B, T, D). kept: what drop path leaves of each branch.
+        """
+        shapes = shapes or ((x_PD.shape[0], x_PD.shape[1]),)
+        x_PD = add_branch(x_PD, self.attention_branch, shapes, kept[0])
+        return add_branch(x_PD, self.mlp_branch, shapes, kept[1])
 
 
 class VisionTransformer(nn.Module):
@@ -187,6 +170,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VitConfig, drop_path: float = 0.0, checkpoint_blocks: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.drop_path = drop_path
         self.checkpoint_blocks = checkpoint_blocks
         D = config.width
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
@@ -195,7 +179,7 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_registers, D))
         self.mask_token = nn.Parameter(torch.empty(1, D))
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(Block(config, drop_path) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         if (
             not self.pos_embed.is_meta
@@ -227,10 +211,21 @@ class VisionTransformer(nn.Module):
         masks: bool, row by row; True patches are replaced by the mask token.
         Raises UserError for a side that is shorter than a patch.
         """
-        x_BTD, grid = self.embed(images_B3HW, masks_BN)
-        for block in self.blocks:
-            x_BTD = self._run(block, x_BTD)
-        return self._tokens(self.norm(x_BTD), grid)
+        return self.all_tokens([(images_B3HW, masks_BN)])[0]
+
+    def all_tokens(self, groups: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tokens]:
+        """Return what `forward` does for each group of images and masks, in one pass over all of them.
+
+        The sides may differ from group to group. All tokens are one sequence to whatever acts on each by itself;
+        drop path draws within each group.
+        """
+        embedded = [self.embed(images, masks) for images, masks in groups]
+        shapes = tuple((len(x_BTD), x_BTD.shape[1]) for x_BTD, _ in embedded)
+        x_PD = joined([x_BTD for x_BTD, _ in embedded])
+        for block, kept in zip(self.blocks, self._kept(x_PD, shapes), strict=True):
+            x_PD = self._run(block, x_PD, shapes, kept)
+        outputs = cut(self.norm(x_PD), shapes)
+        return [self._tokens(x_BTD, grid) for x_BTD, (_, grid) in zip(outputs, embedded, strict=True)]
 
     def intermediate_layers(
         self, images_B3HW: Tensor, layers: int | Sequence[int], norm: bool = True
@@ -243,9 +238,11 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         wanted = range(depth - layers, depth) if isinstance(layers, int) else [i % depth for i in layers]
         x_BTD, grid = self.embed(images_B3HW)
+        shapes = ((x_BTD.shape[0], x_BTD.shape[1]),)
+        kept = self._kept(x_BTD, shapes)
         outputs: dict[int, Tensor] = {}
         for index in range(max(wanted) + 1):
-            x_BTD = self._run(self.blocks[index], x_BTD)
+            x_BTD = self._run(self.blocks[index], x_BTD, shapes, kept[index])
             if index in wanted:
                 outputs[index] = x_BTD
         return [self._tokens(self.norm(outputs[i]) if norm else outputs[i], grid) for i in wanted]
@@ -302,10 +299,26 @@ class VisionTransformer(nn.Module):
             x_BTD = self._run(self.blocks[index], x_BTD)
         return cast(Block, self.blocks[last]), x_BTD
 
-    def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
+    def _kept(self, x_PD: Tensor, shapes: Shapes) -> list[tuple[Kept | None, Kept | None]]:
+        """Draw what drop path leaves of both branches of each block."""
+        depth = len(self.blocks)
+        if self.drop_path == 0 or not self.training:
+            return [(None, None)] * depth
+        kept = draw(self.drop_path, 2 * depth, shapes, x_PD)
+        return list(zip(kept[::2], kept[1::2], strict=True))
+
+    def _run(
+        self,
+        block: nn.Module,
+        x_PD: Tensor,
+        shapes: Shapes | None = None,
+        kept: tuple[Kept | None, Kept | None] = (None, None),
+    ) -> Tensor:
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x_BTD, use_reentrant=False))
-        return cast(Tensor, block(x_BTD))
+            # Nothing random is left to a block.
+            again = checkpoint(block, x_PD, shapes, kept, use_reentrant=False, preserve_rng_state=False)
+            return cast(Tensor, again)
+        return cast(Tensor, block(x_PD, shapes, kept))
 
     def _tokens(self, x_BTD: Tensor, grid: tuple[int, int]) -> Tokens:
         first_patch = 1 + self.config.num_registers

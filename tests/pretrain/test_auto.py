@@ -10,6 +10,7 @@ from rich.console import Console
 from unlabeled.errors import UserError
 from unlabeled.images.sources import Sample, open_source
 from unlabeled.pretrain import auto
+from unlabeled.pretrain.method import is_packed
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.plan import prepared
 from unlabeled.pretrain.recipe import check, override
@@ -52,7 +53,7 @@ def test_memory_decides_batch_and_accumulation(tile_folder: Path, monkeypatch: p
         assert 2 * 8 <= recipe.run.batch_size <= 2 * most
         assert recipe.run.accumulation == 1
         large, _ = auto.choose(source, gpu, {"run.batch_size": 4096})
-        fits = auto.images_that_fit(recipe, gigabytes * 1e9)
+        fits = auto.images_that_fit(recipe, gigabytes * 1e9, packed=False)
         assert (large.run.batch_size, large.run.accumulation) == (4096, -(-2048 // fits))
         text = "\n".join(reasons)
         for word in (
@@ -71,12 +72,35 @@ def test_memory_decides_batch_and_accumulation(tile_folder: Path, monkeypatch: p
 def test_what_fits_follows_what_was_measured() -> None:
     recipe = override(named_recipe("vits14"), {"run.precision": "float32"}, "test")
     # 16 images of ViT-S/14 with the real recipe took 5.3 GB.
-    assert auto.images_that_fit(recipe, 5.3e9 / 0.8) in range(14, 21)
-    assert auto.images_that_fit(recipe, 1e9) == 1
-    slim = override(recipe, {"run.checkpoint_blocks": True}, "test")
-    assert auto.images_that_fit(slim, 24e9) > 2 * auto.images_that_fit(recipe, 24e9)
-    giant = named_recipe("vitg14")
-    assert auto.images_that_fit(giant, 80e9) < auto.images_that_fit(recipe, 80e9)
+    assert auto.images_that_fit(recipe, 5.3e9 / 0.8, packed=False) in range(14, 21)
+    for packed in (False, True):
+        assert auto.images_that_fit(recipe, 1e9, packed) == 1
+        slim = override(recipe, {"run.checkpoint_blocks": True}, "test")
+        assert auto.images_that_fit(slim, 24e9, packed) > 2 * auto.images_that_fit(recipe, 24e9, packed)
+        giant = named_recipe("vitg14")
+        assert auto.images_that_fit(giant, 80e9, packed) < auto.images_that_fit(recipe, 80e9, packed)
+
+
+def test_crops_are_packed_on_a_gpu_that_has_the_memory(
+    tile_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(tile_folder)
+    monkeypatch.setattr(auto, "median_side", lambda source: 400)
+    gpu, recipe = Parallel(torch.device("cuda", 0)), named_recipe("vits14")
+    assert is_packed(recipe, gpu.device) and not is_packed(recipe, torch.device("cpu"))
+    for device in ("cuda", "cpu", "mps"):
+        for wanted in (True, False):
+            asked = override(recipe, {"run.packed": wanted}, "test")
+            assert is_packed(asked, torch.device(device)) == wanted
+    for gigabytes, packed in ((80, "auto"), (8, False)):
+        monkeypatch.setattr(auto, "device_memory", lambda device, size=gigabytes: size * 1e9)
+        found, reasons = auto.choose(source, gpu, {})
+        assert found.run.packed == packed
+        assert ("a pass each" in "\n".join(reasons)) == (packed is False)
+        asked, reasons = auto.choose(source, gpu, {"run.packed": True})
+        assert asked.run.batch_size == found.run.batch_size or packed is False
+        assert asked.run.batch_size <= auto.images_that_fit(found, gigabytes * 1e9, packed=True)
+        assert "a pass each" not in "\n".join(reasons)
 
 
 def test_a_batch_that_is_too_large_for_the_memory_is_told(

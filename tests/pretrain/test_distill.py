@@ -99,13 +99,13 @@ def test_the_student_sees_every_patch_and_its_ema_is_the_result(
 ) -> None:
     method, batch = made(tile_folder, tmp_path / "run", released)
     seen: list[Any] = []
-    real = VisionTransformer.forward
+    real = VisionTransformer.all_tokens
 
-    def noted(model: VisionTransformer, images: torch.Tensor, masks: torch.Tensor | None = None) -> Any:
-        seen.append(masks)
-        return real(model, images, masks)
+    def noted(model: VisionTransformer, groups: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Any:
+        seen.extend(masks for _, masks in groups)
+        return real(model, groups)
 
-    monkeypatch.setattr(VisionTransformer, "forward", noted)
+    monkeypatch.setattr(VisionTransformer, "all_tokens", noted)
     optimizer = loop.make_optimizer(method)
     values = values_at(method.recipe, 2)
     loop.apply_schedule(optimizer, values)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,16 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch.multiprocessing import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretrain.conftest import TINY, losses
 from unlabeled.pretrain import loop, targets
+from unlabeled.pretrain.batch import Batch, Masks
 from unlabeled.pretrain.losses import koleo_loss
+from unlabeled.pretrain.method import SelfDistillation
+from unlabeled.pretrain.parallel import Parallel
+from unlabeled.pretrain.recipe import override
+from unlabeled.pretrain.recipes import named_recipe
 from unlabeled.pretrain.targets import Assignment, Center, sinkhorn_knopp
 
 TOKENS, PROTOTYPES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)).split((10, 6))
@@ -96,6 +103,9 @@ CASES = {
     "fsdp in parts": {"run.accumulation": 2, "loss.koleo": 0.0},
     "fsdp bf16": {"run.reduce": "bf16"},
     "fsdp, blocks run again": {"run.checkpoint_blocks": True},
+    "ddp packed": {"run.packed": True, "run.accumulation": 2, "loss.koleo": 0.0},
+    "fsdp packed": {"run.packed": True},
+    "fsdp packed, blocks run again": {"run.packed": True, "run.checkpoint_blocks": True},
 }
 
 
@@ -150,3 +160,39 @@ def test_a_checkpoint_fits_another_number_of_ranks(name: str, ranks: str, runs: 
 
 def test_bf16_sums_are_other_numbers(runs: Path) -> None:
     assert losses(runs / "two, fsdp") != losses(runs / "two, fsdp bf16")
+
+
+class Messages(TorchDispatchMode):
+    """Counts what the ranks say to each other, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.counts[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def _collectives(rank: int) -> None:
+    """Packed, the student's blocks are gathered, and their gradients summed, half as often."""
+    found = []
+    for packed in (False, True):
+        fields = FIELDS | {"run.sharding": "fsdp", "run.packed": packed, "run.batch_size": 4}
+        recipe = override(named_recipe("tiny"), fields, "test")
+        method = SelfDistillation(recipe, Parallel.start("cpu"))
+        crops = (torch.randint(256, (4, 3, side, side), dtype=torch.uint8) for side in (32, 16))
+        batch = Batch(*crops, Masks.of(torch.rand(4, 16) < 0.5), 2)
+        targets = method.teacher_targets(batch, 0.05)
+        with Messages() as messages:
+            method.backward(batch, targets)
+        found.append([messages.counts["_allgather_base_"], messages.counts["_reduce_scatter_base_"]])
+    two_passes, packed_pass = found
+    # What is no block is gathered once, each block forward and backward; each gradient is summed once.
+    assert packed_pass == [1 + 2 * 2, 1 + 2]
+    assert two_passes == [2 * count for count in packed_pass]
+
+
+def test_packed_crops_need_half_the_messages() -> None:
+    on_two_ranks(_collectives, 29515)

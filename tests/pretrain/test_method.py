@@ -1,11 +1,15 @@
 """One whole training step against the plain reference of reference_step.py."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -161,24 +165,28 @@ SECOND = StepValues(
 
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("packed", [False, True], ids=["two passes", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_steps_are_the_plain_reference(
-    dtype: torch.dtype, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_are_the_plain_reference(dtype: torch.dtype, packed: bool, overrides: dict[str, Any]) -> None:
     """Two steps: the second one's moments, centres, frozen prototypes and schedules are not the first one's.
 
     float64 is the whole method with nothing left to rounding. float32 is as it runs: there the reference takes
     the method's state before each step, and its gradients for AdamW, which turns a rounded sign into a full step.
     """
-    exact = dtype == torch.float64
-    if exact:
-        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-    try:
-        _two_steps(recipe_of(**overrides), exact)
-    finally:
-        if exact:
+    with in_float64() if dtype == torch.float64 else contextlib.nullcontext():
+        _two_steps(recipe_of(**overrides, run__packed=packed), dtype == torch.float64)
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Meanwhile new tensors are float64, and what asks for float32 gets float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        try:
+            yield
+        finally:
             torch.set_default_dtype(default)
 
 
@@ -300,6 +308,43 @@ def test_parts_of_a_batch_add_up(parts: int) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    drop_path=st.sampled_from([0.0, 0.1, 0.4]),
+    ffn=st.sampled_from(["mlp", "swiglu"]),
+    registers=st.sampled_from([0, 4]),
+    shared=st.booleans(),
+    ibot=st.booleans(),
+    locals_of=st.sampled_from([(0, 8), (1, 4), (2, 8), (5, 12), (2, 16)]),
+    accumulation=st.sampled_from([1, 2]),
+    again=st.booleans(),
+)
+def test_packed_is_two_passes(
+    drop_path: float, ffn: str, registers: int, shared: bool, ibot: bool,
+    locals_of: tuple[int, int], accumulation: int, again: bool,
+) -> None:  # fmt: skip
+    """All losses and all gradients, in float64, with the same random numbers for drop path."""
+    num_locals, size = locals_of
+    images = torch.randint(256, (num_locals * IMAGES, 3, size, size), dtype=torch.uint8)
+    found = []
+    for packed in (False, True):
+        recipe = recipe_of(
+            model__drop_path=drop_path, model__ffn=ffn, model__num_registers=registers, head__shared=shared,
+            loss__ibot=float(ibot), crops__num_locals=num_locals, crops__local_size=size,
+            run__accumulation=accumulation, run__checkpoint_blocks=again, run__packed=packed,
+        )  # fmt: skip
+        with in_float64():
+            method, batch = made(recipe)
+            batch = Batch(batch.globals_VB3HW, images, batch.masks, IMAGES)
+            targets, calls = method.teacher_targets(batch, 0.06), []
+            method.student.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            torch.manual_seed(5)
+            losses = method.backward(batch, targets)
+        assert len(calls) == accumulation * (1 if packed or not num_locals else 2)
+        found.append((losses, {name: p.grad for name, p in method.student.named_parameters()}))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_bf16_is_near_float32() -> None:
     found = []
     for precision in ("float32", "bf16"):
@@ -309,9 +354,10 @@ def test_bf16_is_near_float32() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=0)
 
 
-def test_blocks_compile_once_and_whole() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_compile_once_and_whole(packed: bool) -> None:
     """No graph breaks (fullgraph), and after the first step no compilation, whatever the masks and the drop path."""
-    recipe = recipe_of(model__drop_path=0.3)
+    recipe = recipe_of(model__drop_path=0.3, run__packed=packed)
     (plain, batch), (compiled, _) = made(recipe), made(recipe)
     torch._dynamo.reset()
     counters.clear()
@@ -328,6 +374,6 @@ def test_blocks_compile_once_and_whole() -> None:
             losses.append(method.backward(other, method.teacher_targets(other, 0.06))["loss"])
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
         graphs.append(counters["stats"]["unique_graphs"])
-    # The teacher's global crops, the student's local and global ones: not one each for every block.
-    assert graphs == [3, 3, 3]
+    # The teacher's global crops, the student's local and global ones, apart or packed: not one each for every block.
+    assert graphs == ([2, 2, 2] if packed else [3, 3, 3])
     assert not counters["graph_break"]

@@ -86,6 +86,7 @@ def test_an_unknown_recipe_suggests_the_near_name(tmp_path: Path) -> None:
         ("run.steps", 2.5, "whole number"),
         ("run.steps", 0, "at least 1"),
         ("run.compile", "perhaps", "true or false"),
+        ("run.packed", "perhaps", "one of auto, true, false"),
         ("loss.targets", "softmax", "sinkhorn, centering"),
         ("crops.global_scale", "0.3", "2 numbers, as 0.1,0.5"),
         ("crops.blur", "0.3", "3 numbers, as 0.1,0.5,0.9"),
@@ -110,6 +111,8 @@ def test_text_and_value_mean_the_same(rate: float, steps: int, flag: bool) -> No
     texts = {name: repr(value) for name, value in values.items()}
     base = named_recipe("vits14")
     assert override(base, values, "a") == override(base, texts, "b")
+    texts = {"run.packed": str(flag).lower()}
+    assert override(base, {"run.packed": flag}, "a") == override(base, texts, "b")
 
 
 @pytest.mark.parametrize(

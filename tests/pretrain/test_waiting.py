@@ -63,6 +63,10 @@ CASES = {
     "sinkhorn, own heads": {"head__shared": False, "model__num_registers": 4},
     "centering, subsets of the batch": {"loss__targets": "centering", "model__drop_path": 0.3},
     "parts, blocks run again": {"run__accumulation": 2, "run__checkpoint_blocks": True, "model__drop_path": 0.05},
+    "packed, subsets of the batch": {"run__packed": True, "model__drop_path": 0.3},
+    "packed, parts, blocks run again": {
+        "run__packed": True, "run__accumulation": 2, "run__checkpoint_blocks": True, "model__drop_path": 0.05,
+    },
     "DINO v1": {"loss__ibot": 0.0, "loss__koleo": 0.0, "loss__targets": "centering"},
 }  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from unlabeled.finetune.lora import add_adapters
 from unlabeled.finetune.recipe import TrainRecipe
 from unlabeled.images.transform import normalize
 from unlabeled.layer_decay import is_decayed, layer_of
-from unlabeled.vit import Block, Tokens, VisionTransformer
+from unlabeled.vit import Tokens, VisionTransformer
 
 
 def prepare(model: VisionTransformer, recipe: TrainRecipe) -> None:
@@ -25,18 +25,13 @@ def prepare(model: VisionTransformer, recipe: TrainRecipe) -> None:
         model.requires_grad_(recipe.backbone == "full")
     model.mask_token.requires_grad_(False)  # nothing is masked
     model.train(recipe.backbone != "freeze")
-    _set_drop_path(model, recipe.drop_path)
+    model.drop_path = recipe.drop_path
 
 
 def released(model: VisionTransformer) -> VisionTransformer:
     """Return the backbone as everybody else wants it: evaluation mode, no drop path, every weight free to learn."""
-    _set_drop_path(model, 0.0)
+    model.drop_path = 0.0
     return model.requires_grad_(True).eval()
-
-
-def _set_drop_path(model: VisionTransformer, rate: float) -> None:
-    for block in cast("Iterable[Block]", model.blocks):
-        block.drop_path = rate
 
 
 def learning(model: nn.Module) -> dict[str, nn.Parameter]:

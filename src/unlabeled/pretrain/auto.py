@@ -13,7 +13,7 @@ import torch
 from unlabeled.images.decode import BadImage, decode
 from unlabeled.images.sources import Source
 from unlabeled.pretrain.crops import CropRecipe
-from unlabeled.pretrain.method import Network
+from unlabeled.pretrain.method import Network, is_packed
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import (
     ALL_FIELDS,
@@ -123,7 +123,11 @@ def choose(
     elif not has_weights:
         pixels = f"this many pixels are what a {parallel.device.type} is good for"
         reasons.append(f"{_shape(asked)}: {'images are no larger' if side <= 96 else pixels}")
-    fits = images_that_fit(asked, device_memory(parallel.device))
+    packed = is_packed(asked, parallel.device)
+    in_one_pass = images_that_fit(asked, device_memory(parallel.device), packed)
+    fits = in_one_pass
+    if packed and asked.run.packed == "auto":  # more images are worth more than one pass
+        fits = images_that_fit(asked, device_memory(parallel.device), packed=False)
     each = recipe.run.batch_size / parallel.world  # the same number on every rank
     automatic = parallel.world * (
         min(fits, LARGEST_BATCH) if recipe.name == "photographs" else math.ceil(each)
@@ -159,6 +163,11 @@ def choose(
         f"{optimizer.warmup:.0%} of it, of the teacher's temperature over {teacher.temperature_warmup:.0%}",
     ]
     run = dataclasses.replace(recipe.run, steps=steps, batch_size=batch, accumulation=accumulation)
+    if packed and math.ceil(batch / parallel.world / accumulation) > in_one_pass:
+        run = dataclasses.replace(run, packed=False)
+        reasons.append(
+            f"global and local crops in a pass each: in one, memory would hold {in_one_pass} images"
+        )
     return dataclasses.replace(recipe, name="auto", run=run), reasons
 
 
@@ -204,15 +213,17 @@ def device_memory(device: torch.device) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def images_that_fit(recipe: Recipe, memory: float) -> int:
+def images_that_fit(recipe: Recipe, memory: float, packed: bool) -> int:
     """How many images of a step a device has memory for, at least 1.
 
-    Counted are weights, gradients, moments and teacher; what the backward pass of the global crops keeps; the teacher's
-    logits of the masked patches and a copy, of no more than are held at once. A fifth of the memory is left alone.
+    Counted are weights, gradients, moments and teacher; what the backward pass of the global crops keeps, or of all
+    crops if they are packed; the teacher's logits of the masked patches and a copy, of no more than are held at once.
+    A fifth of the memory is left alone.
 
     Args:
         recipe: of the run.
         memory: bytes.
+        packed: whether the student sees all crops in one pass.
     """
     config, crops = recipe.vit_config(), recipe.crops
     with torch.device("meta"):
@@ -220,8 +231,8 @@ def images_that_fit(recipe: Recipe, memory: float) -> int:
     fixed = 5 * 4 * sum(parameter.numel() for parameter in network.parameters())
     patches = (crops.global_size // config.patch_size) ** 2
     tokens = crops.num_globals * (1 + config.num_registers + patches)
-    local = 1 + config.num_registers + (crops.local_size // config.patch_size) ** 2
-    tokens = max(tokens, crops.num_locals * local)
+    local = crops.num_locals * (1 + config.num_registers + (crops.local_size // config.patch_size) ** 2)
+    tokens = tokens + local if packed else max(tokens, local)
     kept = 4 * KEPT * config.width * (2 if recipe.run.checkpoint_blocks else config.depth) * tokens
     masked = crops.num_globals * patches * recipe.loss.mask_probability * sum(recipe.loss.mask_ratio) / 2
     targets = 2 * 4 * masked * recipe.num_ibot_prototypes() if recipe.loss.ibot else 0.0

@@ -17,7 +17,7 @@ from unlabeled.features.extract import token_batches
 from unlabeled.images.sources import Source
 from unlabeled.images.transform import normalize
 from unlabeled.pretrain.auto import SMALL_BATCH
-from unlabeled.pretrain.method import Outputs
+from unlabeled.pretrain.method import Crops, Outputs
 from unlabeled.pretrain.recipe import Recipe
 from unlabeled.pretrain.start import Start
 from unlabeled.vit import VisionTransformer
@@ -58,14 +58,14 @@ class FeatureTeacher(nn.Module):
         self.backbone = backbone
         self.dino_head, self.ibot_head = FeaturePrototypes(cls_KD), FeaturePrototypes(patches_KD)
 
-    def forward(self, images: Tensor, masks: None = None, patches: Tensor | None = None) -> Outputs:
-        """As `Network.forward`, without masks."""
-        tokens = self.backbone(normalize(images))
+    def forward(self, crops: Crops) -> list[Outputs]:
+        """As `Network.forward`, of one set of crops without masks."""
+        tokens = self.backbone(normalize(crops.images))
         dino = self.dino_head(tokens.cls), self.dino_head.weight
-        if patches is None:
-            return Outputs(tokens.cls, *dino)
-        chosen = tokens.patches.flatten(0, 1).index_select(0, patches)
-        return Outputs(tokens.cls, *dino, self.ibot_head(chosen), self.ibot_head.weight)
+        if crops.patches is None:
+            return [Outputs(tokens.cls, *dino)]
+        chosen = tokens.patches.flatten(0, 1).index_select(0, crops.patches)
+        return [Outputs(tokens.cls, *dino, self.ibot_head(chosen), self.ibot_head.weight)]
 
 
 def frozen_teacher(start: Start, source: Source, recipe: Recipe, device: torch.device) -> nn.Module:

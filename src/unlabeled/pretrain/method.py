@@ -7,14 +7,14 @@ Crops are view-major: row v * B + b is view v of image b.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from unlabeled.images.transform import normalize
-from unlabeled.pretrain.batch import Batch, parts
+from unlabeled.pretrain.batch import Batch, Part, parts
 from unlabeled.pretrain.head import ProjectionHead
 from unlabeled.pretrain.losses import dino_loss_global, dino_loss_local, ibot_loss, koleo_loss
 from unlabeled.pretrain.optimizer import clip_gradients, guarded_update
@@ -32,6 +32,14 @@ class Targets(NamedTuple):
     dino_VBK: Tensor  # probabilities, one row a global crop
     ibot_MK: Assignment | None  # the same, one row a masked patch, in the order of the masks
     cls_VBD: Tensor  # CLS tokens of the teacher's backbone, for the health figures
+
+
+class Crops(NamedTuple):
+    """One set of crops, all of one size."""
+
+    images: Tensor  # (VB, 3, H, W) uint8
+    masks: Tensor | None = None  # (VB, N) bool, patches replaced by the mask token
+    patches: Tensor | None = None  # (M,) int64, flat indices of the patch tokens the iBOT head is wanted for
 
 
 class Outputs(NamedTuple):
@@ -64,23 +72,46 @@ class Network(nn.Module):
         if recipe.loss.ibot == 0 or recipe.teacher.model:
             self.backbone.mask_token.requires_grad_(False)  # nothing is masked, so it would get no gradient
 
-    def forward(self, images: Tensor, masks: Tensor | None = None, patches: Tensor | None = None) -> Outputs:
-        """Backbone and heads on one set of crops.
-
-        Args:
-            images: (VB, 3, H, W) uint8.
-            masks: (VB, N) bool, patches replaced by the mask token, or None.
-            patches: (M,) int64, flat indices of the patch tokens the iBOT head is wanted for, or None.
-        """
-        tokens = self.backbone(normalize(images), masks)
-        dino, prototypes = self.dino_head.bottleneck(tokens.cls), self.dino_head.prototypes()
-        cls = tokens.cls.clone()  # FSDP2 warns of views, which nobody may write to
-        if patches is None:
-            return Outputs(cls, dino, prototypes)
-        chosen = tokens.patches.flatten(0, 1).index_select(0, patches)
+    def forward(self, *sets: Crops) -> list[Outputs]:
+        """Backbone and heads on one set of crops, or on several in one pass."""
+        seen = self.backbone.all_tokens([(normalize(crops.images), crops.masks) for crops in sets])
+        cls = [tokens.cls.clone() for tokens in seen]  # FSDP2 warns of views, which nobody may write to
+        chosen = [
+            tokens.patches.flatten(0, 1).index_select(0, crops.patches)
+            for tokens, crops in zip(seen, sets, strict=True)
+            if crops.patches is not None
+        ]
+        prototypes = self.dino_head.prototypes()
         if self.ibot_head is None:
-            return Outputs(cls, dino, prototypes, self.dino_head.bottleneck(chosen), prototypes)
-        return Outputs(cls, dino, prototypes, self.ibot_head.bottleneck(chosen), self.ibot_head.prototypes())
+            rows, ibot_prototypes = bottlenecks(self.dino_head, cls + chosen), prototypes
+            dino, ibot = rows[: len(cls)], rows[len(cls) :]
+        else:
+            dino, ibot = bottlenecks(self.dino_head, cls), bottlenecks(self.ibot_head, chosen)
+            ibot_prototypes = self.ibot_head.prototypes() if chosen else prototypes
+        of_patches = iter(ibot)
+        return [
+            Outputs(cls_VBD, dino_VBC, prototypes)
+            if crops.patches is None
+            else Outputs(cls_VBD, dino_VBC, prototypes, next(of_patches), ibot_prototypes)
+            for crops, cls_VBD, dino_VBC in zip(sets, cls, dino, strict=True)
+        ]
+
+
+def bottlenecks(head: ProjectionHead, tokens: list[Tensor]) -> list[Tensor]:
+    """The head's bottleneck of each (N, D), (N, C), in one pass over all of them."""
+    if len(tokens) < 2:
+        return [head.bottleneck(one) for one in tokens]
+    rows_NC = head.bottleneck(torch.cat(tokens))
+    return [part.clone() for part in rows_NC.split([len(one) for one in tokens])]
+
+
+def is_packed(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the student sees all crops of a step in one pass.
+
+    That saves a third of a step's kernels and, under FSDP, half the gathers of the student's blocks, and holds the
+    activations of all crops at once: a CPU, whose kernels are long, gains next to nothing.
+    """
+    return device.type == "cuda" if recipe.run.packed == "auto" else recipe.run.packed
 
 
 def compile_blocks(*networks: Network, backend: str = "inductor") -> None:
@@ -118,6 +149,7 @@ class SelfDistillation(nn.Module):
         self.recipe = recipe
         self.parallel = parallel or Parallel()
         self.frozen_teacher = frozen_teacher
+        self.packed = is_packed(recipe, self.parallel.device)
         self.student = Network(recipe, drop_path=recipe.model.drop_path)
         if begin is not None:
             begin(self.student)
@@ -166,10 +198,10 @@ class SelfDistillation(nn.Module):
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, temperature: float) -> Targets:
         """The teacher's view of the unmasked global crops, as probabilities over prototypes."""
-        patches = batch.masks and batch.masks.patches_M
+        patches = batch.masks.patches_M if batch.masks else None
         with self.parallel.autocast(self.recipe.run.precision):
             teacher = self.frozen_teacher or self.teacher
-            seen = teacher(batch.globals_VB3HW, patches=patches)
+            (seen,) = teacher(Crops(batch.globals_VB3HW, patches=patches))
             loss, dino_logits_VBK = self.recipe.loss, prototype_logits(seen.dino, seen.prototypes)
             if loss.targets == "sinkhorn":
                 dino_VBK = sinkhorn_knopp(dino_logits_VBK, temperature, loss.sinkhorn_iterations)
@@ -189,69 +221,82 @@ class SelfDistillation(nn.Module):
     def teacher_cls(self, batch: Batch) -> Tensor:
         """(2B, D) CLS tokens of the student's EMA, for the health figures of a distillation."""
         with self.parallel.autocast(self.recipe.run.precision):
-            seen: Outputs = self.teacher(batch.globals_VB3HW)
+            (seen,) = cast("list[Outputs]", self.teacher(Crops(batch.globals_VB3HW)))
         return seen.cls
 
     def backward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Losses of the student and their gradients.
 
-        The DINO loss of the local crops, and everything of the global crops, are separate terms of one sum:
-        each is differentiated as soon as it is known, so that activations of both are never held at once.
+        The DINO loss of the local crops, and everything of the global crops, are separate terms of one sum. Packed,
+        the student sees all crops in one pass. Otherwise each term is differentiated as soon as it is known, so that
+        activations of both are never held at once.
         """
-        recipe = self.recipe
-        total: dict[str, Tensor] = {}
-        num_images, num_locals = batch.num_images, recipe.crops.num_locals
-        num_pairs = 2 + 2 * num_locals
-        targets_VBK = targets.dino_VBK.unflatten(0, (2, num_images))
-        temperature = recipe.loss.student_temperature
-        for part in parts(batch, recipe.run.accumulation):
-            crops, chosen = part.batch, targets_VBK[:, part.images]
-            if num_locals:
-                with self.parallel.no_sync(self.student), self._forward():
-                    local = self.student(crops.locals_VB3HW)
-                    loss = dino_loss_local(
-                        local.dino, local.prototypes, chosen, temperature, num_pairs, num_images
-                    )
-                (recipe.loss.dino * loss).backward()
-                _add(total, "dino", loss)
-            is_last = part.images.stop == num_images
-            with contextlib.nullcontext() if is_last else self.parallel.no_sync(self.student):
-                with self._forward():
-                    hidden = None if self.frozen_teacher else crops.masks and crops.masks.hidden_VBN
-                    seen = self.student(crops.globals_VB3HW, hidden, crops.masks and crops.masks.patches_M)
-                    dino = dino_loss_global(
-                        seen.dino, seen.prototypes, chosen, temperature, num_pairs, num_images
-                    )
-                    koleo = self._koleo(seen.cls, crops.num_images / num_images)
-                    loss = recipe.loss.dino * dino + recipe.loss.koleo * koleo
-                    if crops.masks and targets.ibot_MK is not None:
-                        ibot = ibot_loss(
-                            seen.ibot,
-                            seen.ibot_prototypes,
-                            targets.ibot_MK.of(part.of_masked),
-                            crops.masks.weights_M,
-                            2 * num_images,
-                            temperature,
-                        )
-                        loss = loss + recipe.loss.ibot * ibot
-                        _add(total, "ibot", ibot)
-                loss.backward()
-            _add(total, "dino", dino)
-            _add(total, "koleo", koleo)
+        recipe, num_images = self.recipe, batch.num_images
         weights = {"dino": recipe.loss.dino, "ibot": recipe.loss.ibot, "koleo": recipe.loss.koleo}
-        summed = torch.stack([weights[name] * value for name, value in total.items()]).sum()
+        total: dict[str, Tensor] = {}
+        for part in parts(batch, recipe.run.accumulation):
+            masks = part.batch.masks
+            hidden = masks.hidden_VBN if masks and not self.frozen_teacher else None
+            patches = masks.patches_M if masks else None
+            terms = [(Crops(part.batch.globals_VB3HW, hidden, patches), self._global_losses)]
+            if recipe.crops.num_locals:
+                terms.insert(0, (Crops(part.batch.locals_VB3HW), self._local_losses))
+            passes = [terms] if self.packed else [[term] for term in terms]
+            for number, chosen in enumerate(passes, 1):
+                is_last = number == len(passes) and part.images.stop == num_images
+                with contextlib.nullcontext() if is_last else self.parallel.no_sync(self.student):
+                    with self.parallel.autocast(recipe.run.precision):
+                        outputs = self.student(*(crops for crops, _ in chosen))
+                        found = [
+                            named
+                            for (_, losses), seen in zip(chosen, outputs, strict=True)
+                            for named in losses(seen, part, targets, num_images).items()
+                        ]
+                    torch.stack([weights[name] * loss for name, loss in found]).sum().backward()
+                for name, loss in found:
+                    total[name] = total[name] + loss.detach() if name in total else loss.detach()
+        summed = torch.stack([weights[name] * loss for name, loss in total.items()]).sum()
         return {"loss": summed, **total}
 
-    def _koleo(self, cls_VBD: Tensor, share: float) -> Tensor:
-        if self.recipe.loss.koleo == 0:
-            return cls_VBD.new_zeros((), dtype=torch.float32)
-        first, second = cls_VBD.chunk(2)
-        return share * (koleo_loss(first, group_wide=True) + koleo_loss(second, group_wide=True))
+    def _local_losses(
+        self, seen: Outputs, part: Part, targets: Targets, num_images: int
+    ) -> dict[str, Tensor]:
+        """What the local crops of a part add to the losses of a batch."""
+        return {"dino": dino_loss_local(*self._of_dino(seen, part, targets, num_images))}
 
-    @contextlib.contextmanager
-    def _forward(self) -> Iterator[None]:
-        with self.parallel.autocast(self.recipe.run.precision):
-            yield
+    def _global_losses(
+        self, seen: Outputs, part: Part, targets: Targets, num_images: int
+    ) -> dict[str, Tensor]:
+        """What the global crops of a part add to the losses of a batch."""
+        found = {"dino": dino_loss_global(*self._of_dino(seen, part, targets, num_images))}
+        if self.recipe.loss.koleo:
+            share = part.batch.num_images / num_images
+            first, second = seen.cls.chunk(2)
+            found["koleo"] = share * (
+                koleo_loss(first, group_wide=True) + koleo_loss(second, group_wide=True)
+            )
+        else:
+            found["koleo"] = seen.cls.new_zeros((), dtype=torch.float32)
+        masks = part.batch.masks
+        if masks and targets.ibot_MK is not None:
+            found["ibot"] = ibot_loss(
+                cast(Tensor, seen.ibot),
+                cast(Tensor, seen.ibot_prototypes),
+                targets.ibot_MK.of(part.of_masked),
+                masks.weights_M,
+                2 * num_images,
+                self.recipe.loss.student_temperature,
+            )
+        return found
+
+    def _of_dino(
+        self, seen: Outputs, part: Part, targets: Targets, num_images: int
+    ) -> tuple[Tensor, Tensor, Tensor, float, int, int]:
+        """The arguments of both parts of the DINO loss."""
+        chosen_VBK = targets.dino_VBK.unflatten(0, (2, num_images))[:, part.images]
+        num_pairs = 2 + 2 * self.recipe.crops.num_locals
+        temperature = self.recipe.loss.student_temperature
+        return seen.dino, seen.prototypes, chosen_VBK, temperature, num_pairs, num_images
 
     def submodules(self) -> dict[str, nn.Module]:
         """The parts of the student whose gradients are clipped each by themselves."""
@@ -261,7 +306,3 @@ class SelfDistillation(nn.Module):
     def teacher_backbone(self) -> VisionTransformer:
         """The backbone that a run is for; sharded under FSDP."""
         return cast(VisionTransformer, self.parallel.unwrap(self.teacher).backbone)
-
-
-def _add(total: dict[str, Tensor], name: str, value: Tensor) -> None:
-    total[name] = total[name] + value.detach() if name in total else value.detach()

@@ -21,6 +21,7 @@ from unlabeled.images.sources import Source, open_source
 from unlabeled.pretrain import auto
 from unlabeled.pretrain.checkpoint import all_checkpoints
 from unlabeled.pretrain.frozen_teacher import distillation
+from unlabeled.pretrain.method import is_packed
 from unlabeled.pretrain.parallel import Parallel
 from unlabeled.pretrain.recipe import DataRecipe, Recipe, check, override
 from unlabeled.pretrain.recipes import FITTED, fitted_fields, named_recipe, read_recipe, write_recipe
@@ -252,7 +253,7 @@ def _check_ranks(recipe: Recipe, parallel: Parallel) -> None:
 def _memory_warning(recipe: Recipe, parallel: Parallel) -> list[str]:
     """A line where the batch is likely to be more than a device holds, which a CPU's system ends without a word."""
     memory = auto.device_memory(parallel.device)
-    fits = auto.images_that_fit(recipe, memory)
+    fits = auto.images_that_fit(recipe, memory, is_packed(recipe, parallel.device))
     local = math.ceil(recipe.run.batch_size / parallel.world)
     if (parallel.world > 1 and recipe.run.sharding == "fsdp") or math.ceil(
         local / recipe.run.accumulation

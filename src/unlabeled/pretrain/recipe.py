@@ -116,6 +116,7 @@ class RunRecipe:
     sharding: Literal["ddp", "fsdp"] = "ddp"  # of parameters over ranks
     reduce: Literal["float32", "bf16"] = "float32"  # what fsdp sums gradients of the blocks over ranks in
     compile: bool = False  # torch.compile the blocks of student and teacher
+    packed: Literal["auto", True, False] = "auto"  # the student sees all crops in one pass; auto: on CUDA
     checkpoint_blocks: bool = False  # recompute activations of the blocks in the backward pass
     checkpoint_every: int = 0  # steps; 0: a twentieth of the run
     keep_checkpoints: int = 2  # how many of the latest are kept
@@ -313,8 +314,8 @@ def _converted(name: str, value: Any, kind: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value in arguments:
-            return value
-        wanted = "one of " + ", ".join(map(str, arguments))
+            return arguments[arguments.index(value)]  # true for 1
+        wanted = "one of " + ", ".join(str(one).lower() if one in (True, False) else one for one in arguments)
     elif origin is tuple:
         if arguments[-1] is ... and not isinstance(value, (list, tuple)):
             value = [value] if value != "" else []
