@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
@@ -65,6 +65,7 @@ def test_k_is_chosen_within_train(sides: tuple) -> None:
     rows=st.integers(1, 120), queries=st.integers(1, 20), k=st.integers(1, 120), block=st.integers(1, 50),
     chunk=st.integers(1, 9), seed=st.integers(0, 99),
 )  # fmt: skip
+@example(rows=104, queries=20, k=77, block=2, chunk=1, seed=91)  # the last two are 5e-8 apart
 def test_neighbours_are_those_of_a_full_sort(
     rows: int, queries: int, k: int, block: int, chunk: int, seed: int
 ) -> None:
@@ -85,8 +86,11 @@ def test_neighbours_are_those_of_a_full_sort(
         here = nearest(train, test, k)
         there = nearest_module._nearest_on(torch.device("cpu"), train, normalize(test).astype(np.float32), k)
     for found in (here, there):
-        assert (found.rows == order).all()
-        np.testing.assert_allclose(found.similarities, np.take_along_axis(wanted, order, 1), atol=1e-6)
+        similarities = np.take_along_axis(wanted, order, 1)
+        # Rows that are nearer to each other than float32 tells may trade places; each is there once.
+        np.testing.assert_allclose(np.take_along_axis(wanted, found.rows, 1), similarities, atol=1e-6)
+        assert all(len(set(one)) == k for one in found.rows.tolist())
+        np.testing.assert_allclose(found.similarities, similarities, atol=1e-6)
 
 
 def test_equal_neighbours_are_found_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
