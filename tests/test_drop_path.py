@@ -1,7 +1,6 @@
 """Drop path of a group of samples, and of several that are packed."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,15 +9,6 @@ from torch import Tensor
 from tests.test_vit import TINY, randomised
 from unlabeled.drop_path import add_branch, draw
 from unlabeled.packing import Shapes, cut, joined
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster on one thread, by far where other work runs beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("B", "rate"), [(8, 0.3), (5, 0.9), (1, 0.4), (7, 0.5), (10, 0.99)])

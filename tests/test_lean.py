@@ -1,7 +1,5 @@
 """The two lean steps against plain autograd, and what they keep."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,15 +9,6 @@ from torch.nn import functional
 
 import unlabeled.lean
 from unlabeled.lean import gelu_linear, packed_attention
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster on one thread, by far where other work runs beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def plain_attention(qkv: Tensor) -> Tensor:

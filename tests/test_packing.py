@@ -1,6 +1,5 @@
 """Several groups of images in one pass of the backbone: the same numbers as a pass each."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,15 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.test_vit import TINY, randomised
 from unlabeled.packing import cut, joined
 from unlabeled.vit import VisionTransformer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster on one thread, by far where other work runs beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=1, max_size=4))

@@ -1,7 +1,6 @@
 """The backbone against plain formulas; against transformers: tests/weights/test_huggingface.py."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,15 +22,6 @@ from unlabeled.vit import (
 TINY = VitConfig(
     width=24, depth=3, num_heads=2, patch_size=4, image_size=32, num_registers=2, layer_scale=0.5
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster on one thread, by far where other work runs beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def randomised(config: VitConfig, seed: int = 0, **kwargs: float) -> VisionTransformer:

@@ -1,6 +1,6 @@
 """Random backbones, whose every weight matters, for the weight formats' tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,15 +43,6 @@ def random_backbone(config: VitConfig, seed: int = 0) -> VisionTransformer:
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1)
     return model.eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster on one thread, by far where other work runs beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CONFIGS)
