@@ -7,7 +7,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ def run_here(data: Path, out: Path, **options: Any) -> loop.Run:
     return loop.pretrain(
         data, out, recipe="tiny", overrides=overrides, device="cpu", console=QUIET, **options
     )
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the processes of the command have: sums in another order are other numbers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_killed_at_any_moment_and_resumed_gives_the_same_losses(
