@@ -23,6 +23,7 @@ os.environ |= {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "NO_ALBUMENTATIONS_UPDATE":
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"
 
 import torch
+from torch import library
 
 
 def define_detection_operators() -> str:
@@ -35,10 +36,10 @@ def define_detection_operators() -> str:
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        fragment = library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        LIBRARIES.append(library)  # its operators live as long as it does
+            fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        LIBRARIES.append(fragment)  # its operators live as long as it does
         return "Pillow"
     return "torchvision"
 

@@ -33,9 +33,7 @@ def run_here(data: Path, out: Path, **options: Any) -> loop.Run:
     )
 
 
-def test_killed_at_any_moment_and_resumed_gives_the_same_losses(
-    tile_folder: Path, tmp_path: Path, one_thread: None
-) -> None:
+def test_killed_at_any_moment_and_resumed_gives_the_same_losses(tile_folder: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_here(tile_folder, whole, overrides=STEPS | {"run.workers": 1})
     first = command(

@@ -303,6 +303,15 @@ def spans(total: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(total, start + size)) for start in range(0, total, size)]
 
 
+def grouped(labels_N: NDArray[np.integer[Any]]) -> Iterator[tuple[int, Integers]]:
+    """Give each label that there is, ascending, and the places that have it, ascending."""
+    order = np.argsort(labels_N, kind="stable")
+    counts = np.bincount(labels_N)
+    ends = np.cumsum(counts)
+    for label in np.flatnonzero(counts).tolist():
+        yield label, order[ends[label] - counts[label] : ends[label]]
+
+
 def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as .npy, all or nothing."""
     with writing(path), replacing(path) as temporary, temporary.open("wb") as file:

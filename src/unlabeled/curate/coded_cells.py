@@ -27,6 +27,7 @@ from unlabeled.curate.blocks import (
     Integers,
     Resources,
     Rows,
+    grouped,
     load_arrays,
     save_arrays,
     spans,
@@ -206,11 +207,8 @@ def _by_cell(
     if not columns:
         return
     cells, rows = (np.concatenate(column) for column in zip(*columns, strict=True))
-    order = np.argsort(cells, kind="stable")
-    counts = np.bincount(cells)
-    ends = np.cumsum(counts)
-    for cell in np.flatnonzero(counts).tolist():
-        yield first + cell, rows[order[ends[cell] - counts[cell] : ends[cell]]].astype(np.int64)
+    for cell, places in grouped(cells):
+        yield first + cell, rows[places].astype(np.int64)
 
 
 def cell_count(size: int) -> int:
@@ -246,10 +244,8 @@ def _trained(rows: Rows, k: int, nearest: float, resources: Resources) -> Centro
     some = sample[generator.choice(count, min(count, ROWS_OF_A_REGION * r), replace=False)]
     regions = train(some, r, iterations=ITERATIONS, init="random", resources=alone).centroids_KD
     labels, _ = assign(sample, regions, resources=resources)
-    order = np.argsort(labels, kind="stable")
-    ends = np.cumsum(np.bincount(labels, minlength=r)).tolist()
-    items = [(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True) if start < stop]
-    found = list(resources.map(_cells_of_a_region, (sample, order, count / k, alone), items))
+    items = [inside for _, inside in grouped(labels)]
+    found = list(resources.map(_cells_of_a_region, (sample, count / k, alone), items))
     vectors = np.concatenate(found)
     free = _apart(vectors, nearest)
     counts = np.add.reduceat(free, np.cumsum([0, *map(len, found[:-1])]), dtype=np.int64)
@@ -260,10 +256,10 @@ def _trained(rows: Rows, k: int, nearest: float, resources: Resources) -> Centro
     return centroids
 
 
-def _cells_of_a_region(context: tuple[Floats, Integers, float, Resources], span: tuple[int, int]) -> Floats:
+def _cells_of_a_region(context: tuple[Floats, float, Resources], rows: Integers) -> Floats:
     """Centroids of some of a sample's rows."""
-    sample, order, rows_of_a_cell, alone = context
-    inside = sample[np.sort(order[slice(*span)])]
+    sample, rows_of_a_cell, alone = context
+    inside = sample[rows]
     k = max(1, round(len(inside) / rows_of_a_cell))
     return train(inside, k, iterations=ITERATIONS, init="random", resources=alone).centroids_KD
 
@@ -285,7 +281,7 @@ def _moved(centroids: Centroids, sample: Floats, codes: Codes, resources: Resour
     centers = codes_of_rows(centroids.vectors_KD, resources.seed)
     blocks = spans(len(sample), LARGEST_BLOCK)
     found = resources.map(_nearest_cells, (centroids, centers, sample, codes), blocks)
-    labels = np.concatenate(list(found))
+    labels = np.concatenate([some for some, _ in found])
     order = np.argsort(labels, kind="stable")
     cells, starts = np.unique(labels[order], return_index=True)
     vectors = centroids.vectors_KD.copy()
@@ -325,17 +321,14 @@ def _assign_block(
     number, span = item
     block = rows.between(*span)
     rows.release()
-    labels = _nearest_cells((centroids, centers, block, codes.between(*span)), (0, len(block)))
-    places = np.arange(*span)
-    save_arrays(
-        folder / f"cells-{number:06d}.npz",
-        labels=labels.astype(np.int32),
-        best=codes.cosines(places, centers, labels),
-    )
+    labels, best = _nearest_cells((centroids, centers, block, codes.between(*span)), (0, len(block)))
+    save_arrays(folder / f"cells-{number:06d}.npz", labels=labels.astype(np.int32), best=best)
 
 
-def _nearest_cells(context: tuple[Centroids, Codes, Floats, Codes], span: tuple[int, int]) -> Integers:
-    """Return for some rows of a block the cell whose centroid is nearest, of those of their nearest regions.
+def _nearest_cells(
+    context: tuple[Centroids, Codes, Floats, Codes], span: tuple[int, int]
+) -> tuple[Integers, Floats]:
+    """Return for some rows of a block the nearest cell, of those of their nearest regions, and its cosine by codes.
 
     First of the nearest region alone, then by codes what is nearer elsewhere.
     """
@@ -348,25 +341,19 @@ def _nearest_cells(context: tuple[Centroids, Codes, Floats, Codes], span: tuple[
         part = block[rows[0] : rows[-1] + 1]
         scores = part @ regions.T
         labels = np.empty(len(rows), np.int64)
-        for region, inside in _by_region(scores.argmax(axis=1)[:, None]):
+        for region, inside in grouped(scores.argmax(axis=1)):
             begin, end = centroids.starts[region : region + 2].tolist()
             labels[inside] = begin + (part[inside] @ centroids.vectors_KD[begin:end].T).argmax(axis=1)
         best = codes.cosines(rows, centers, labels)
-        for region, inside in _by_region(np.argpartition(-scores, count - 1, axis=1)[:, :count]):
+        chosen = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+        for region, places in grouped(chosen.ravel()):
+            inside = places // count
             begin, end = centroids.starts[region : region + 2].tolist()
             nearer, cells, cosines = _nearer(codes, rows[inside], best[inside], centers, (begin, end))
             labels[inside[nearer]], best[inside[nearer]] = cells, cosines
-        found.append(labels)
-    return np.concatenate(found)
-
-
-def _by_region(chosen_nC: Integers) -> Iterator[tuple[int, Integers]]:
-    """Give the regions that rows chose, and the rows that chose each."""
-    order = np.argsort(chosen_nC.ravel(), kind="stable")
-    counts = np.bincount(chosen_nC.ravel())
-    ends = np.cumsum(counts)
-    for region in np.flatnonzero(counts).tolist():
-        yield region, order[ends[region] - counts[region] : ends[region]] // chosen_nC.shape[1]
+        found.append((labels, best))
+    labels, best = (np.concatenate(column) for column in zip(*found, strict=True))
+    return labels, best
 
 
 def _nearer(

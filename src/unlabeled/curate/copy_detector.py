@@ -29,6 +29,7 @@ from unlabeled.images.bad_files import BadFiles, first_readable
 from unlabeled.images.order import ShuffledOrder
 from unlabeled.images.sources import Source, open_source
 from unlabeled.images.transform import normalize
+from unlabeled.json_file import read_json
 from unlabeled.layer_decay import is_decayed
 from unlabeled.metrics import Metrics
 from unlabeled.pretrain.data import start_worker
@@ -39,7 +40,7 @@ from unlabeled.schedules import cosine_warmup
 from unlabeled.scripts import refuse_imported_script
 from unlabeled.signals import StoppedBySignal, noted_signals
 from unlabeled.vit import VisionTransformer, vit_config
-from unlabeled.weights.files import read_json, read_tensors, replacing
+from unlabeled.weights.files import read_tensors, replacing
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
 

@@ -1,10 +1,12 @@
 """A pile of images to a pretraining set: the steps in order, each kept on disk, and a report of every decision.
 
-    CURATED/curated.csv or curated-000000.tar   the images that are kept: DATA
-    CURATED/recipe.toml                         every threshold
-    CURATED/curation.json                       what was curated, and the counts of each step
-    CURATED/report/                             index.html, lineage.parquet, pictures
-    CURATED/work/                               what a stopped run goes on from; may be deleted
+In CURATED are
+
+    curated.csv or curated-000000.tar   the images that are kept: DATA
+    recipe.toml                         every threshold
+    curation.json                       what was curated, and the counts of each step
+    report/                             index.html, lineage.parquet, pictures
+    work/                               what a stopped run goes on from; may be deleted
 
 Each step is kept with a hash of all that it depends on: run again, only what has changed is done again.
 """

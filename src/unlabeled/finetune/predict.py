@@ -40,8 +40,9 @@ from unlabeled.finetune.saved import TrainedHead, load_head
 from unlabeled.images.bad_files import BadFiles, name_of
 from unlabeled.images.decode import SUPPORTED, BadImage, decode
 from unlabeled.images.sources import Source, lasting, open_source
+from unlabeled.json_file import read_json
 from unlabeled.progress import Progress
-from unlabeled.weights.files import read_json, replacing
+from unlabeled.weights.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -37,8 +37,9 @@ from unlabeled.finetune.backbone import reader
 from unlabeled.finetune.examples import map_preprocessing
 from unlabeled.finetune.heads import KnnHead, LinearHead
 from unlabeled.images.transform import normalize
+from unlabeled.json_file import read_json
 from unlabeled.vit import VisionTransformer
-from unlabeled.weights.files import check_keys, read_json, read_tensors, replacing, write_tensors
+from unlabeled.weights.files import check_keys, read_tensors, replacing, write_tensors
 from unlabeled.weights.huggingface import save_huggingface
 from unlabeled.weights.load import load_model
 

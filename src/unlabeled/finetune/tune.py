@@ -33,7 +33,8 @@ from unlabeled.finetune.tasks import (
 )
 from unlabeled.finetune.train import TrainableHead, train_head
 from unlabeled.images.bad_files import BadFiles
-from unlabeled.weights.files import read_json, replacing
+from unlabeled.json_file import read_json
+from unlabeled.weights.files import replacing
 from unlabeled.weights.load import load_model
 
 NOTHING_LOST = {"recipe.json", "bad_files.jsonl"}  # what a training that failed before it began leaves

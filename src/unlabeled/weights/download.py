@@ -13,7 +13,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from unlabeled.errors import UserError, writing
-from unlabeled.weights.files import read_json
+from unlabeled.json_file import read_json
 from unlabeled.weights.layout import read_config
 
 META_SERVER = "https://dl.fbaipublicfiles.com"

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from unlabeled.atomic import replacing as replacing
 from unlabeled.errors import UserError
-from unlabeled.json_file import read_json as read_json
 from unlabeled.vit import VisionTransformer, VitConfig
-from unlabeled.weights.renaming import renamer as renamer
 
 State = dict[str, Tensor]
 

@@ -13,10 +13,12 @@ import torch
 
 from unlabeled.errors import UserError
 from unlabeled.images.transform import IMAGENET_MEAN, IMAGENET_STD
+from unlabeled.json_file import read_json
 from unlabeled.vit import VisionTransformer, VitConfig
 from unlabeled.weights.dino import MASK_NOTE, with_layer_scale
-from unlabeled.weights.files import State, fill, read_json, read_tensors, renamer, replacing, write_tensors
+from unlabeled.weights.files import State, fill, read_tensors, replacing, write_tensors
 from unlabeled.weights.layout import OUR_QKV, OWN_KEY, QKV, TABLE, kind_of, read_config, weight_files
+from unlabeled.weights.renaming import renamer
 
 # What differs in a ViTModel, which has no LayerScale.
 VIT_TABLE = (

@@ -9,9 +9,10 @@ from typing import Any, get_args
 import torch
 
 from unlabeled.errors import UserError, reading
+from unlabeled.json_file import read_json
 from unlabeled.vit import Interpolation, VisionTransformer
 from unlabeled.weights.download import fetch_hub, fetch_meta
-from unlabeled.weights.files import read_json, read_tensors
+from unlabeled.weights.files import read_tensors
 from unlabeled.weights.huggingface import load_huggingface
 from unlabeled.weights.meta import from_meta, is_original_dino
 from unlabeled.weights.timm import from_timm

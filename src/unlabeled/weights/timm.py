@@ -10,8 +10,9 @@ from torch import Tensor
 
 from unlabeled.vit import VisionTransformer
 from unlabeled.weights.dino import MASK_NOTE, lacks_layer_scale, with_layer_scale, without_ones
-from unlabeled.weights.files import State, fill, read_tensors, renamer, replacing, write_tensors
+from unlabeled.weights.files import State, fill, read_tensors, replacing, write_tensors
 from unlabeled.weights.meta import NORM_EPS, config_of
+from unlabeled.weights.renaming import renamer
 
 # ours, timm's; what is not listed is the same
 TABLE = (
